@@ -1,0 +1,313 @@
+"""The ballot: n deltas, what each counts, and what each row has become.
+
+    Ballot(stack, weights, rows, gram, scores) → rules → merge → one delta
+
+A rule sees the Gram matrix and the scores and edits `rows` and `weights`; it never touches a leaf. Row i stands for
+Σⱼ rows[i, j] Δⱼ + rows[i, n] · 0, a combination of the raw deltas and the start (whose delta is zero). A merge sees
+leaves, one at a time. Weight 0 means "does not count", whatever the reason, and such a row changes not one bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from capibara.types import PyTree
+
+BLOCK_BYTES = 64 * 2**20
+"""Rows are read in blocks of at most this many bytes over all n, so that float64 copies stay small."""
+
+
+class Ballot(NamedTuple):
+    """What rules pass on.
+
+    Attributes:
+      stack: Raw deltas, leaves float32[n, ...].
+      weights: float64[n], ≥ 0; 0 does not count.
+      rows: float64[n, n+1], what each row now is; the identity at first. The last column is the start.
+      gram: float64[n, n], products of the raw deltas; 0 where a weight was 0 when the ballot was opened.
+      scores: Named float[n] values (quality, counts) that rules may use.
+    """
+
+    stack: PyTree
+    weights: np.ndarray
+    rows: np.ndarray
+    gram: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+class OwnRows(NamedTuple):
+    """The nodes' own deltas as a rule left them, for merges that mixed rows would tell nothing.
+
+    Attributes:
+      rows: float64[n, n+1], as in a ballot.
+      clipped: float64[n] factors.
+      tau: The radius they were clipped to.
+    """
+
+    rows: np.ndarray
+    clipped: np.ndarray
+    tau: float
+
+
+class Rule(NamedTuple):
+    """Re-weights or transforms rows: `init(params) -> state`, `apply(ballot, state, key) -> (ballot, state, info)`.
+
+    `info` may hold `centre` float64[n] (over the raw deltas) and `tau` (then the merge is leashed to them),
+    `distance`, `clipped`, `own` (`OwnRows`, merged instead of `rows` where the merge is no mean), and `backing` bool[n]
+    for rules that pick rows: one that is not picked still backs.
+
+    Attributes:
+      name: For records.
+      init: See above.
+      apply: See above.
+      least: Rows with weight above 0 that it needs; with fewer, `apply` raises `ConfigError` and a round has no quorum.
+    """
+
+    name: str
+    init: Callable[[PyTree], PyTree]
+    apply: Callable[[Ballot, PyTree, Any], tuple[Ballot, PyTree, dict[str, Any]]]
+    least: int = 1
+
+
+class Merge(NamedTuple):
+    """Rows → one delta. Give `weights` for a linear merge, or `leaf` for one that sees coordinates.
+
+    Attributes:
+      name: For records.
+      weights: `(weights[n]) -> w[n]` with Σw = 1; the merge is Σᵢ wᵢ rowᵢ.
+      leaf: `(rows [m, ...] of the m rows that count, float32) -> [...]`.
+      mean: True where equal weights give the plain mean of the rows; only then may mixed rows be merged.
+    """
+
+    name: str
+    weights: Callable[[np.ndarray], np.ndarray] | None = None
+    leaf: Callable[[jax.Array], jax.Array] | None = None
+    mean: bool = False
+
+
+class Verdict(NamedTuple):
+    """What the vote decided, as float64 NumPy vectors over the n nodes; None where a rule has no such thing.
+
+    Attributes:
+      backing: bool[n], counted and not outvoted.
+      coefficients: v[n] with merged Δ = Σ vᵢΔᵢ, for linear merges.
+      coefficient_start: 1 − Σv, what stays on the start.
+      centre: c[n] over the raw deltas.
+      tau: Clipping radius of the merged rows.
+      distance: ‖Δᵢ − c‖ of the nodes' own deltas.
+      clipped: Factor ≤ 1 by which each merged row was drawn to c.
+      leash: Factor ≤ 1 by which the merge was drawn to c.
+      cosine: Of Δᵢ to the merged Δ.
+      norms: ‖Δᵢ‖.
+    """
+
+    backing: np.ndarray
+    coefficients: np.ndarray | None
+    coefficient_start: float | None
+    centre: np.ndarray | None
+    tau: float | None
+    distance: np.ndarray | None
+    clipped: np.ndarray | None
+    leash: float | None
+    cosine: np.ndarray
+    norms: np.ndarray
+
+
+class Aggregator(NamedTuple):
+    """A vote and a merge: `init(params) -> state`, `apply(ballot, state, key) -> (delta, Verdict, state)`.
+
+    `least` is the number of rows with weight above 0 that `apply` needs.
+    """
+
+    name: str
+    init: Callable[[PyTree], PyTree]
+    apply: Callable[[Ballot, PyTree, Any], tuple[PyTree, Verdict, PyTree]]
+    least: int = 1
+
+
+def open_ballot(stack: PyTree, weights: Any, scores: dict[str, np.ndarray] | None = None) -> Ballot:
+    """A ballot over raw deltas: identity rows, and the Gram matrix of the rows whose weight is above 0.
+
+    Cost: one pass over the stack.
+    """
+    weights = np.asarray(weights, np.float64)
+    return Ballot(stack, weights, np.eye(len(weights), len(weights) + 1), gram_matrix(stack, weights), scores or {})
+
+
+def gram_matrix(stack: PyTree, weights: Any) -> np.ndarray:
+    """float64[n, n]: ⟨Δᵢ, Δⱼ⟩ over all leaves, products and sums in float64; zeros in rows with weight 0.
+
+    Float32 products would be useless here: deltas of near-equal nodes cancel (docs/protocol.md, vote, step 1).
+    """
+    with jax.enable_x64(True):
+        return np.asarray(_gram(jax.tree.leaves(stack), jnp.asarray(np.asarray(weights) > 0)))
+
+
+def weighted_sum(coefficients: Any, stack: PyTree, gram: np.ndarray | None = None) -> PyTree:
+    """Σᵢ vᵢ Δᵢ, leaf by leaf in float32; a row with coefficient 0 contributes nothing, whatever it holds.
+
+    Rows far from 1 are scaled by a power of two first, so that a coefficient of 1e-40 on a row of length 1e20 is not
+    lost to float32's range. Cost: one pass over the stack.
+    """
+    v = np.asarray(coefficients, np.float64)
+    scale = _power_of_two(gram, len(v))
+    return _weighted(stack, (1 / scale).astype(np.float32), (v * scale).astype(np.float32), jnp.asarray(v != 0))
+
+
+def materialise(rows: np.ndarray, keep: np.ndarray, leaf: jax.Array, gram: np.ndarray | None = None) -> jax.Array:
+    """float32[m, ...]: the m rows of a leaf that count, as the combinations that `rows` says."""
+    chosen = np.flatnonzero(keep)
+    part = rows[chosen][:, : len(keep)]
+    scale = _power_of_two(gram, len(keep))
+    used = (part != 0).any(axis=0)
+    return _materialised(
+        (part * scale).astype(np.float32), (1 / scale).astype(np.float32), jnp.asarray(used), leaf
+    )
+
+
+def distance_from(delta: PyTree, centre: PyTree) -> float:
+    """‖Δ − c‖ over all leaves, sums in float64."""
+    with jax.enable_x64(True):
+        return float(jnp.sqrt(_squared_distance(delta, centre)))
+
+
+def chain(*rules: Rule, merge: Merge) -> Aggregator:
+    """Rules in order, then the merge, then the leash where a rule gave a centre."""
+
+    def init(params: PyTree) -> PyTree:
+        return tuple(rule.init(params) for rule in rules)
+
+    def apply(ballot: Ballot, state: PyTree, key: Any) -> tuple[PyTree, Verdict, PyTree]:
+        entered, raw = ballot.weights > 0, ballot.gram
+        states, info = [], {}
+        for rule, one in zip(rules, state, strict=True):
+            ballot, one, more = rule.apply(ballot, one, key)
+            states.append(one)
+            info |= more
+        own = info.pop("own", None)
+        if own is not None and not merge.mean:
+            ballot, info = ballot._replace(rows=own.rows), info | {"tau": own.tau, "clipped": own.clipped}
+        backing = entered & info.get("backing", ballot.weights > 0)
+        delta, v, leash = merge_rows(ballot, merge, info.get("centre"), info.get("tau"))
+        norms = np.sqrt(np.diagonal(raw))
+        verdict = Verdict(
+            backing=backing,
+            coefficients=v,
+            coefficient_start=None if v is None else 1.0 - float(v.sum()),
+            centre=info.get("centre"),
+            tau=info.get("tau"),
+            distance=info.get("distance"),
+            clipped=info.get("clipped"),
+            leash=leash,
+            cosine=_cosines(ballot.stack, delta, v, raw, norms),
+            norms=norms,
+        )
+        return delta, verdict, tuple(states)
+
+    least = max((rule.least for rule in rules), default=1)
+    return Aggregator("+".join([*(rule.name for rule in rules), merge.name]), init, apply, least)
+
+
+def merge_rows(
+    ballot: Ballot, merge: Merge, centre: np.ndarray | None, tau: float | None
+) -> tuple[PyTree, np.ndarray | None, float | None]:
+    """The merged delta, its coefficients over the raw deltas where the merge is linear, and the leash's factor."""
+    keep = ballot.weights > 0
+    if merge.weights is not None:
+        w = np.where(keep, merge.weights(np.where(keep, ballot.weights, 0.0)), 0.0)
+        v = w @ ballot.rows[:, : len(w)]
+        return weighted_sum(v, ballot.stack, ballot.gram), v, None if centre is None else 1.0
+    assert merge.leaf is not None
+    delta = jax.tree.map(lambda leaf: merge.leaf(materialise(ballot.rows, keep, leaf, ballot.gram)), ballot.stack)
+    if centre is None or tau is None:
+        return delta, None, None
+    middle = weighted_sum(centre, ballot.stack, ballot.gram)
+    strayed = distance_from(delta, middle)
+    factor = 1.0 if strayed <= tau else tau / strayed
+    return (delta if factor == 1.0 else _draw(delta, middle, np.float32(factor))), None, factor
+
+
+def _power_of_two(gram: np.ndarray | None, count: int) -> np.ndarray:
+    norms = np.ones(count) if gram is None else np.sqrt(np.diagonal(gram))
+    return np.exp2(np.round(np.log2(np.where(norms > 0, norms, 1.0))).clip(-100, 100))
+
+
+def _cosines(stack: PyTree, delta: PyTree, v: np.ndarray | None, gram: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    if v is not None:
+        products, length = gram @ v, np.sqrt(max(v @ gram @ v, 0.0))
+    else:
+        with jax.enable_x64(True):
+            found, squared = _products(stack, delta, jnp.asarray(norms > 0))
+        products, length = np.asarray(found), float(np.sqrt(squared))
+    scale = norms * length
+    return np.divide(products, scale, out=np.full(len(norms), np.nan), where=scale > 0).clip(-1, 1)
+
+
+@jax.jit
+def _gram(leaves: list[jax.Array], keep: jax.Array) -> jax.Array:
+    return sum(_leaf_gram(leaf.reshape(leaf.shape[0], -1), keep) for leaf in leaves)
+
+
+def _leaf_gram(flat: jax.Array, keep: jax.Array) -> jax.Array:
+    n, d = flat.shape
+    block = max(1, min(d, BLOCK_BYTES // (4 * n)))
+
+    def product(part: jax.Array) -> jax.Array:
+        part = jnp.where(keep[:, None], part, 0).astype(jnp.float64)
+        return part @ part.T
+
+    total = jnp.zeros((n, n), jnp.float64)
+    whole = d // block
+    if whole:
+        total = jax.lax.fori_loop(
+            0, whole, lambda i, acc: acc + product(jax.lax.dynamic_slice(flat, (0, i * block), (n, block))), total
+        )
+    return total + product(flat[:, whole * block :]) if d % block else total
+
+
+@jax.jit
+def _weighted(stack: PyTree, down: jax.Array, up: jax.Array, keep: jax.Array) -> PyTree:
+    def one(leaf: jax.Array) -> jax.Array:
+        total = jnp.zeros(leaf.shape[1:], jnp.float32)
+        for i in range(leaf.shape[0]):
+            total = total + jnp.where(keep[i], (leaf[i] * down[i]) * up[i], 0)
+        return total
+
+    return jax.tree.map(one, stack)
+
+
+@jax.jit
+def _materialised(part: jax.Array, down: jax.Array, used: jax.Array, leaf: jax.Array) -> jax.Array:
+    flat = leaf.reshape(leaf.shape[0], -1)
+    clean = jnp.where(used[:, None], flat * down[:, None], 0)
+    return (part @ clean).reshape(part.shape[0], *leaf.shape[1:])
+
+
+@jax.jit
+def _squared_distance(delta: PyTree, centre: PyTree) -> jax.Array:
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        gap = (a.astype(jnp.float64) - b).ravel()
+        return gap @ gap
+
+    return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(one, delta, centre))))
+
+
+@jax.jit
+def _products(stack: PyTree, delta: PyTree, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+    found, squared = jnp.zeros(keep.shape[0], jnp.float64), jnp.zeros((), jnp.float64)
+    for leaf, one in zip(jax.tree.leaves(stack), jax.tree.leaves(delta), strict=True):
+        flat = one.astype(jnp.float64).ravel()
+        clean = jnp.where(keep[:, None], leaf.reshape(leaf.shape[0], -1), 0)
+        found, squared = found + clean.astype(jnp.float64) @ flat, squared + flat @ flat
+    return found, squared
+
+
+@partial(jax.jit)
+def _draw(delta: PyTree, middle: PyTree, factor: jax.Array) -> PyTree:
+    return jax.tree.map(lambda a, b: b + factor * (a - b), delta, middle)

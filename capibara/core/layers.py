@@ -1,0 +1,140 @@
+"""The layers of the decoder, written so that XLA on CPU runs them well and any backend runs them right.
+
+Linear layers take bfloat16 or float32 in and sum in float32 (a dot with another output type falls off the fast path
+for weight gradients); SiLU has its gradient in sigmoid form; averages are dots. Shapes: B sequences, T tokens, D width,
+N heads, K key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x[..., D] @ kernel[D, E] → [..., E] in x's dtype, summed in float32."""
+    return _dot(x, kernel.astype(x.dtype), 1).astype(x.dtype)
+
+
+def _linear_forward(x: jax.Array, kernel: jax.Array):
+    return linear(x, kernel), (x, kernel)
+
+
+def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array):
+    x, kernel = saved
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    to_kernel = jax.lax.dot_general(rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    to_x = jax.lax.dot_general(
+        grad, kernel.astype(grad.dtype), (((grad.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def silu(x: jax.Array) -> jax.Array:
+    """x · σ(x); its gradient σ(x)(1 + x(1 − σ(x))) needs one exponential."""
+    return x * jax.nn.sigmoid(x)
+
+
+def _silu_backward(x: jax.Array, grad: jax.Array):
+    gate = jax.nn.sigmoid(x)
+    return (grad * gate * (1 + x * (1 - gate)),)
+
+
+silu.defvjp(lambda x: (silu(x), x), _silu_backward)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / √(mean x² + eps) · scale, statistics in float32; Zhang & Sennrich 2019."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.einsum("...d,...d->...", wide, wide)[..., None] / x.shape[-1]
+    return (wide * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotates [B, T, N, H] by position, the two halves of a head as pairs (Su et al. 2021, in the order of Llama)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    cos, sin = (f(angle)[..., None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Grouped-query attention: query [B, T, N, H], key and value [B, S, K, H], allowed bool[B, T, S] → [B, T, N, H].
+
+    Scores and softmax in float32. A row of `allowed` without a True attends to nothing that counts and is ignored.
+    """
+    B, T, N, H = query.shape
+    K = key.shape[2]
+    grouped = query.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.where(allowed[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(B, T, N, H)
+
+
+def causal_segments(segments: jax.Array) -> jax.Array:
+    """bool[B, T, T]: a token sees itself and what stands before it in its own document; segment 0 is padding."""
+    T = segments.shape[1]
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    return causal & (segments[:, :, None] == segments[:, None, :])
+
+
+class AttentionBlock(nnx.Module):
+    """Pre-norm grouped-query attention, then pre-norm SwiGLU; the block kind `attention`.
+
+    A block of another kind has the same `__init__(config, rngs)` and `__call__(x, positions, allowed, cache)`, where
+    `cache` is None, or `(keys, values, length)` of generation; it returns `(x, cache)`.
+    """
+
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        D, H, N, K = config.width, config.head_size, config.num_heads, config.kv_heads
+        deep = config.init_scale / (2 * config.num_layers) ** 0.5
+        self.norm_attention = nnx.Param(jnp.ones(D))
+        self.query = _matrix(rngs, (D, N * H), config.init_scale)
+        self.key = _matrix(rngs, (D, K * H), config.init_scale)
+        self.value = _matrix(rngs, (D, K * H), config.init_scale)
+        self.out = _matrix(rngs, (N * H, D), deep)
+        self.norm_mlp = nnx.Param(jnp.ones(D))
+        self.gate = _matrix(rngs, (D, config.hidden_size), config.init_scale)
+        self.up = _matrix(rngs, (D, config.hidden_size), config.init_scale)
+        self.down = _matrix(rngs, (config.hidden_size, D), deep)
+        self.config = config
+
+    def __call__(self, x: jax.Array, positions: jax.Array, allowed: jax.Array, cache: Any = None):
+        """[B, T, D] → [B, T, D], and the cache with this block's keys and values."""
+        c = self.config
+        B, T, _ = x.shape
+        y = rms_norm(x, self.norm_attention[...], c.norm_eps)
+        query = linear(y, self.query[...]).reshape(B, T, c.num_heads, c.head_size)
+        key = linear(y, self.key[...]).reshape(B, T, c.kv_heads, c.head_size)
+        value = linear(y, self.value[...]).reshape(B, T, c.kv_heads, c.head_size)
+        query, key = rotary(query, positions, c.rope_theta), rotary(key, positions, c.rope_theta)
+        if cache is not None:
+            keys, values, length = cache
+            key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, length, 0, 0))
+            value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, length, 0, 0))
+            cache = (key, value, length + T)
+        mixed = attention(query, key, value, allowed).reshape(B, T, -1)
+        x = x + linear(mixed, self.out[...])
+        y = rms_norm(x, self.norm_mlp[...], c.norm_eps)
+        return x + linear(silu(linear(y, self.gate[...])) * linear(y, self.up[...]), self.down[...]), cache
+
+
+def _dot(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dot_general(
+        x, kernel, (((x.ndim - 1,), (axis - 1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _matrix(rngs: nnx.Rngs, shape: tuple[int, int], scale: float) -> nnx.Param:
+    return nnx.Param(scale * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape))

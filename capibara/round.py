@@ -1,0 +1,397 @@
+"""One consensus round: what happens between a start θ and the next one.
+
+    assign → train → validate → digest → gate → vote → quorum → merge → leash → final gate
+
+`run_round` takes a plan (what never changes) and a state (everything that does) and returns the next state with the
+round's record. It touches no disk: committing is `capibara.run.commit`. Reference: docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from capibara.consensus.attacks.base import Attack, AttackView
+from capibara.consensus.ballot import Aggregator, Verdict, open_ballot
+from capibara.consensus.certificate import digest_rows, digest_tree
+from capibara.consensus.config import ConsensusConfig
+from capibara.consensus.gates import FinalVerdict, GateVerdict, final_gate, gate_differences, judge
+from capibara.consensus.record import LINE_VERSION, node_entries, number, rule_entry, strictest
+from capibara.consensus.validate import duplicate_groups, finite_rows
+from capibara.engines.base import Assignment, Cohort, Engine, Kept, Returned, deal, first_kept, join, node_key, renew
+from capibara.errors import QuorumError
+from capibara.types import Batch, Objective, PyTree, Source, Strategy
+
+
+class RoundPlan(NamedTuple):
+    """What every round of a run shares; built once from the configuration.
+
+    Attributes:
+      config: The consensus section.
+      objective: Losses for training and for the gates.
+      strategies: Dealt to the nodes round-robin.
+      engine: Where the nodes run.
+      aggregator: Vote, merge and leash as one `init, apply` pair.
+      outer: The outer optimiser, applied to −Δ.
+      source: Training batches and held-out sequences.
+      batch_size: Sequences a step.
+      key: The run's typed PRNG key.
+      config_digest: Goes into every certificate.
+      attack: A simulated attack, or None.
+      vocab_size: For attacks on the data.
+      clock: Seconds, monotonic; only for `timing`.
+    """
+
+    config: ConsensusConfig
+    objective: Objective
+    strategies: tuple[Strategy, ...]
+    engine: Engine
+    aggregator: Aggregator
+    outer: optax.GradientTransformation
+    source: Source
+    batch_size: int
+    key: Any
+    config_digest: str
+    attack: Attack | None
+    vocab_size: int
+    clock: Callable[[], float]
+
+    @property
+    def cohorts(self) -> tuple[Cohort, ...]:
+        """The nodes by strategy."""
+        return deal(self.strategies, self.config.num_nodes)
+
+    @property
+    def hostile(self) -> tuple[int, ...]:
+        """The nodes that the simulated attack controls."""
+        return self.config.attack_ids if self.attack else ()
+
+
+class RoundState(NamedTuple):
+    """Everything that changes from round to round; checkpointed whole.
+
+    Attributes:
+      round: Rounds finished, committed or refused.
+      params: θ.
+      anchor: The best certified parameters so far; θ₀ at first.
+      kept: What the nodes keep, one entry per cohort.
+      outer: State of the outer optimiser.
+      merged: The last merged Δ, zeros at first.
+      rule: State of the aggregator.
+      attack: State of the simulated attack.
+      refusals: Refused rounds in a row.
+      anchor_age: Rounds since the anchor last improved.
+    """
+
+    round: int
+    params: PyTree
+    anchor: PyTree
+    kept: tuple[Kept, ...]
+    outer: PyTree
+    merged: PyTree
+    rule: PyTree
+    attack: PyTree
+    refusals: int
+    anchor_age: int
+
+
+class RoundRecord(NamedTuple):
+    """What a round leaves besides its state.
+
+    Attributes:
+      line: The certificate line without `previous` and `hash`, `timing` and `environment` included.
+      stack: The deltas as they entered validation, leaves [n, ...].
+      losses: float32[n, H] training losses.
+    """
+
+    line: dict[str, Any]
+    stack: PyTree
+    losses: np.ndarray
+
+
+class Attempt(NamedTuple):
+    """One attempt's rows after validation, gate and vote; `delta` and `verdict` are None where too few entered."""
+
+    returned: Returned
+    reasons: list[str]
+    digests: dict[int, str]
+    norms: np.ndarray
+    quality: GateVerdict | None
+    delta: PyTree | None
+    verdict: Verdict | None
+    rule: PyTree
+    attack: PyTree
+
+    @property
+    def backing(self) -> int:
+        """How many nodes back a commit."""
+        return self.reasons.count("backed")
+
+
+class Stopwatch:
+    """Seconds per phase; announces each phase as it begins."""
+
+    def __init__(self, clock: Callable[[], float], on_phase: Callable[[str], None]):
+        self.clock, self.on_phase, self.seconds = clock, on_phase, {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        self.on_phase(phase)
+        began = self.clock()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock() - began
+
+
+def first_state(plan: RoundPlan, params: PyTree) -> RoundState:
+    """The state before the first round: θ₀ is start and anchor, nothing has been merged."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    attack = plan.attack.init(zeros, plan.hostile) if plan.attack and plan.attack.init else ()
+    kept = first_kept(plan.cohorts, params)
+    outer, rule = plan.outer.init(params), plan.aggregator.init(params)
+    return RoundState(0, params, params, kept, outer, zeros, rule, attack, refusals=0, anchor_age=0)
+
+
+def run_round(
+    plan: RoundPlan,
+    state: RoundState,
+    *,
+    first_draw: int = 0,
+    past_digests: Mapping[int, Mapping[str, int]] | None = None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> tuple[RoundState, RoundRecord]:
+    """Runs one round from `state`.
+
+    Args:
+      plan: What does not change.
+      state: Where the round begins. It is not modified; a refused or failed round leaves θ and the optimiser states
+        as they were.
+      first_draw: The draw of batches to begin with; above 0 when this round has failed before.
+      past_digests: node → digest of a delta it sent in an earlier round → that round; for the reason `stale`.
+      on_phase: Called with the name of each phase as it begins.
+
+    Returns:
+      The next state and the record, whose `line["outcome"]` is `committed`, `refused` or `no_quorum`. With
+      `no_quorum` the state is the one that came in, and `quorum_error(line)` is what a caller may raise.
+    """
+    watch = Stopwatch(plan.clock, on_phase)
+    config, everyone = plan.config, tuple(range(plan.config.num_nodes))
+    draw, number_of, ask, held = first_draw, 0, everyone, None
+    while True:
+        with watch("train"):
+            returned = _train(plan, state, draw, number_of, ask)
+        held = returned if held is None else join(plan.cohorts, held, returned, ask)
+        attempt = _vote(plan, state, held, draw, past_digests or {}, watch)
+        if attempt.backing >= config.needed or number_of >= config.max_retries:
+            break
+        number_of += 1
+        missing = tuple(node for node in everyone if held.reasons.get(node) in UNDELIVERED)
+        if missing and attempt.backing + len(missing) >= config.needed:
+            ask = missing
+        else:
+            draw, ask, held = draw + 1, everyone, None
+
+    line = {
+        "format_version": LINE_VERSION,
+        "round": state.round,
+        "draw": draw,
+        "attempt": number_of,
+        "config_digest": plan.config_digest,
+        "start_digest": digest_tree(state.params)[0],
+        "rule": rule_entry(config),
+        "nodes": node_entries(
+            _strategy_names(plan), attempt.reasons, attempt.digests, attempt.norms, attempt.quality, attempt.verdict
+        ),
+        "duplicates": duplicate_groups(attempt.digests, attempt.norms),
+        "quorum": {"needed": config.needed, "backing": attempt.backing},
+        "extensions": {},
+    } | dict.fromkeys(MERGE_FIELDS)
+    next_state = state
+    if attempt.backing < config.needed:
+        line["outcome"] = "no_quorum"
+    else:
+        next_state = _decide(plan, state, attempt, draw, line, watch)
+    line["timing"] = {"phases_s": watch.seconds, "node_s": [number(s) for s in held.seconds]}
+    return next_state, RoundRecord(line, held.stack, held.losses)
+
+
+def quorum_error(line: Mapping[str, Any]) -> QuorumError:
+    """The error for a round without quorum: who did not back it, why, and what to do."""
+    reasons = {node["id"]: node["reason"] for node in line["nodes"]}
+    named = ", ".join(f"node {i}: {reason}" for i, reason in reasons.items() if reason != "backed") or "none"
+    quorum = line["quorum"]
+    return QuorumError(
+        f"Round {line['round']} found no quorum in {line['attempt'] + 1} attempts: {quorum['backing']} of "
+        f"{len(reasons)} nodes back a commit and {quorum['needed']} are needed ({named}). The model is as it was "
+        "before the round; mend the nodes or lower consensus_threshold, then resume the run.",
+        reasons,
+    )
+
+
+UNDELIVERED = ("late", "crashed")
+"""Reasons after which a node is asked again with the same batches; the others would only repeat themselves."""
+
+MERGE_FIELDS = ("coefficient_start", "tau", "leash", "delta_digest", "merged_digest", "final_gate", "drift")
+
+
+def _train(plan: RoundPlan, state: RoundState, draw: int, attempt: int, ask: tuple[int, ...]) -> Returned:
+    steps = plan.config.local_steps
+
+    def batches(node: int) -> Batch:
+        batch = plan.source.batches(
+            round=state.round, draw=draw, node=node, steps=steps, batch_size=plan.batch_size
+        )
+        if plan.attack and plan.attack.poison and node in plan.hostile:
+            batch = plan.attack.poison(batch, plan.vocab_size)
+        return batch
+
+    deadline_s = plan.config.consensus_timeout
+    work = Assignment(
+        state.params, state.kept, batches, plan.key, state.round, draw, attempt, steps, ask, deadline_s
+    )
+    return jax.block_until_ready(plan.engine.map(plan.cohorts, work))
+
+
+def _vote(
+    plan: RoundPlan,
+    state: RoundState,
+    returned: Returned,
+    draw: int,
+    past_digests: Mapping[int, Mapping[str, int]],
+    watch: Stopwatch,
+) -> Attempt:
+    num_nodes = plan.config.num_nodes
+    key = node_key(plan.key, state.round, draw, num_nodes)
+    attack = state.attack
+    if plan.attack and plan.attack.forge:
+        with watch("attack"):
+            stack, attack = plan.attack.forge(_attack_view(plan, state, returned.stack, key), attack, key)
+            returned = returned._replace(stack=stack)
+    undelivered = {
+        reason: np.array([returned.reasons.get(i) == reason for i in range(num_nodes)])
+        for reason in set(returned.reasons.values())
+    }
+    flags = list(undelivered.items())
+    quality = None
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(digest_rows, returned.stack, num_nodes)
+        with watch("validate"):
+            flags.append(("not_finite", ~np.asarray(finite_rows(returned.stack))))
+        if num_nodes > 1:
+            with watch("gate"):
+                quality = _gate(plan, state, returned.stack, draw)
+                flags.append(("low_quality", ~np.asarray(quality.passed)))
+        with watch("digest"):
+            digests = {i: d for i, d in enumerate(hashing.result()) if i not in returned.reasons}
+    reasons = strictest(flags, num_nodes)
+    with watch("vote"):
+        ballot = open_ballot(returned.stack, np.array([reason == "backed" for reason in reasons], np.float32))
+        norms = np.sqrt(np.diagonal(ballot.gram))
+        stale = [digests.get(i) in past_digests.get(i, {}) and not norms[i] == 0 for i in range(num_nodes)]
+        if any(stale):
+            flags.append(("stale", np.array(stale)))
+            reasons = strictest(flags, num_nodes)
+            ballot = open_ballot(returned.stack, np.array([reason == "backed" for reason in reasons], np.float32))
+        delta, verdict, rule = None, None, state.rule
+        if reasons.count("backed") >= plan.config.needed:
+            delta, verdict, rule = plan.aggregator.apply(ballot, state.rule, key)
+            flags.append(("outvoted", ~np.asarray(verdict.backing)))
+            reasons = strictest(flags, num_nodes)
+            jax.block_until_ready(delta)
+    return Attempt(returned, reasons, digests, norms, quality, delta, verdict, rule, attack)
+
+
+def _gate(plan: RoundPlan, state: RoundState, stack: PyTree, draw: int) -> GateVerdict:
+    config = plan.config
+    count = config.verification_rounds * config.gate_sequences
+    batch = plan.source.held_out("gate", round=state.round, draw=draw, count=count)
+    differences, tokens = gate_differences(plan.objective, state.params, stack, batch, config.gate_alpha)
+    return judge(differences, tokens, config.verification_rounds, config.gate_limit)
+
+
+def _decide(
+    plan: RoundPlan, state: RoundState, attempt: Attempt, draw: int, line: dict[str, Any], watch: Stopwatch
+) -> RoundState:
+    """Merged Δ → θ' → final gate; fills in the line and returns the next state."""
+    config, verdict, kept = plan.config, attempt.verdict, attempt.returned.kept
+    assert verdict is not None
+    with watch("merge"):
+        if attempt.returned.params is not None:
+            candidate, outer = attempt.returned.params, state.outer
+        else:
+            updates, outer = plan.outer.update(jax.tree.map(jnp.negative, attempt.delta), state.outer, state.params)
+            candidate = jax.block_until_ready(optax.apply_updates(state.params, updates))
+    final = None
+    if config.num_nodes > 1:
+        with watch("final_gate"):
+            count = config.verification_rounds * config.gate_sequences
+            batch = plan.source.held_out("final_gate", round=state.round, draw=draw, count=count)
+            final = final_gate(plan.objective, state.params, state.anchor, candidate, batch, config.gate_limit)
+    with watch("digest"):
+        line |= {
+            "coefficient_start": None if verdict.coefficient_start is None else number(verdict.coefficient_start),
+            "tau": None if verdict.tau is None else number(verdict.tau),
+            "leash": None if verdict.leash is None else number(verdict.leash),
+            "delta_digest": digest_tree(attempt.delta)[0],
+            "merged_digest": digest_tree(candidate)[0],
+            "final_gate": None if final is None else _final_entry(final),
+            "drift": _cosine(attempt.delta, state.merged) if state.round else None,
+        }
+    if final is not None and not final.passed:
+        line["outcome"] = "refused"
+        return state._replace(
+            round=state.round + 1,
+            attack=attempt.attack,
+            refusals=state.refusals + 1,
+            anchor_age=state.anchor_age + 1,
+        )
+    line["outcome"] = "committed"
+    broken = {i for i, reason in enumerate(attempt.reasons) if reason == "not_finite"}
+    renewed = set(range(config.num_nodes)) if config.inner_state == "reset" else broken
+    improved = final is None or final.anchor_mean < 0
+    return RoundState(
+        round=state.round + 1,
+        params=candidate,
+        anchor=candidate if improved else state.anchor,
+        kept=renew(plan.cohorts, kept, renewed, candidate),
+        outer=outer,
+        merged=attempt.delta,
+        rule=attempt.rule,
+        attack=attempt.attack,
+        refusals=0,
+        anchor_age=0 if improved else state.anchor_age + 1,
+    )
+
+
+def _attack_view(plan: RoundPlan, state: RoundState, stack: PyTree, key: Any) -> AttackView:
+    everyone = range(plan.config.num_nodes)
+
+    def aggregate(rows: PyTree) -> PyTree:
+        ballot = open_ballot(rows, np.ones(plan.config.num_nodes, np.float32))
+        return plan.aggregator.apply(ballot, state.rule, key)[0]
+
+    honest = tuple(i for i in everyone if i not in plan.hostile)
+    return AttackView(stack, plan.hostile, honest, plan.config.num_tolerated, state.round, aggregate, state.params)
+
+
+def _strategy_names(plan: RoundPlan) -> list[str]:
+    names = {node: cohort.strategy.name for cohort in plan.cohorts for node in cohort.nodes}
+    return [names[node] for node in range(plan.config.num_nodes)]
+
+
+def _final_entry(final: FinalVerdict) -> dict[str, Any]:
+    return {
+        "parent": {"mean": number(final.parent_mean), "se": number(final.parent_se)},
+        "anchor": {"mean": number(final.anchor_mean), "se": number(final.anchor_se)},
+    }
+
+
+def _cosine(a: PyTree, b: PyTree) -> float | None:
+    ab, aa, bb = (float(optax.tree.vdot(x, y)) for x, y in ((a, b), (a, a), (b, b)))
+    return number(ab / np.sqrt(aa * bb)) if aa > 0 and bb > 0 else None

@@ -1,0 +1,104 @@
+"""What a consensus run gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A model on the test split: token-weighted mean loss, and the loss of every sequence for paired comparisons.
+
+    Attributes:
+      loss: Mean nats a token.
+      sums: float64[count] summed loss of each sequence.
+      tokens: float64[count] tokens of each sequence.
+    """
+
+    loss: float
+    sums: np.ndarray
+    tokens: np.ndarray
+
+    def against(self, before: Judgement) -> tuple[float, float]:
+        """Paired mean difference in nats a token, and its standard error (ddof 1, delta method for the ratio)."""
+        difference = self.sums - before.sums
+        mean = difference.sum() / self.tokens.sum()
+        residual = difference - mean * self.tokens
+        count = len(residual)
+        se = np.sqrt((residual**2).sum() * count / max(count - 1, 1)) / self.tokens.sum()
+        return float(mean), float(se)
+
+
+@dataclass(frozen=True)
+class ConsensusResults:
+    """The outcome of a consensus run.
+
+    Attributes:
+      consensus_model: The model after the last committed round.
+      rounds: Rounds finished, committed or refused.
+      history: One dict a round: `round, outcome, loss, test_loss, backing, reasons, seconds`.
+      certificate_path: `rounds.jsonl`, one hash-chained certificate a line.
+      run_path: The run directory.
+      head: Hash of the last certificate; `capibara verify RUN --expect HASH` checks against it.
+      before: The start judged on the test split, or None where the run had no test split to spare.
+      after: The same for the consensus model.
+      sample: A few generated lines, where asked for.
+    """
+
+    consensus_model: Any
+    rounds: int
+    history: list[dict[str, Any]]
+    certificate_path: Path
+    run_path: Path
+    head: str
+    before: Judgement | None = None
+    after: Judgement | None = None
+    sample: str | None = field(default=None, repr=False)
+
+    def accused(self) -> dict[int, dict[str, int]]:
+        """Node → reason → rounds, for every node that did not back every round."""
+        found: dict[int, dict[str, int]] = {}
+        for entry in self.history:
+            for node, reason in enumerate(entry["reasons"]):
+                if reason != "backed":
+                    reasons = found.setdefault(node, {})
+                    reasons[reason] = reasons.get(reason, 0) + 1
+        return found
+
+    def summary(self) -> str:
+        """A few plain lines: rounds, who was kept out, test loss, where the certificates are."""
+        outcomes = [entry["outcome"] for entry in self.history]
+        lines = [f"{self.rounds} rounds, {outcomes.count('committed')} committed, {outcomes.count('refused')} refused."]
+        for node, reasons in sorted(self.accused().items()):
+            lines.append(f"node {node}: " + ", ".join(f"{r.replace('_', ' ')} in {k} rounds" for r, k in reasons.items()))
+        if self.before is not None and self.after is not None:
+            change, se = self.after.against(self.before)
+            lines.append(
+                f"test loss {self.before.loss:.4f} → {self.after.loss:.4f} nats a token "
+                f"(change {change:+.4f} ± {se:.4f}, paired, {len(self.after.sums)} sequences)"
+            )
+        lines.append(f"certificates: {self.certificate_path} (last hash {self.head[:16]}…)")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the model, as JSON types."""
+        payload: dict[str, Any] = {
+            "rounds": self.rounds,
+            "history": self.history,
+            "accused": {str(node): reasons for node, reasons in self.accused().items()},
+            "run": str(self.run_path),
+            "certificates": str(self.certificate_path),
+            "head": self.head,
+            "sample": self.sample,
+        }
+        if self.before is not None and self.after is not None:
+            change, se = self.after.against(self.before)
+            payload["test"] = {"before": self.before.loss, "after": self.after.loss, "change": change, "se": se}
+        return payload
+
+    def __repr__(self) -> str:
+        return f"ConsensusResults({self.summary()})"
