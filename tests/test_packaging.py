@@ -20,7 +20,8 @@ def test_the_wheel_is_complete_and_works_elsewhere(tmp_path: Path):
     unpacked = tmp_path / "unpacked"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
-    wanted = {path.relative_to(ROOT) for path in (ROOT / "capibara").rglob("*") if path.suffix in (".py", ".toml", ".typed")}
+    sources = (path for path in (ROOT / "capibara").rglob("*") if path.suffix in (".py", ".toml", ".typed"))
+    wanted = {path.relative_to(ROOT) for path in sources}
     assert wanted == {path.relative_to(unpacked) for path in (unpacked / "capibara").rglob("*") if path.is_file()}
     code = (
         "import sys; sys.path.insert(0, '.')\n"

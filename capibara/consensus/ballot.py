@@ -41,7 +41,7 @@ class Ballot(NamedTuple):
     scores: dict[str, np.ndarray]
 
 
-class OwnRows(NamedTuple):
+class ClippedRows(NamedTuple):
     """The nodes' own deltas as a rule left them, for merges that mixed rows would tell nothing.
 
     Attributes:
@@ -59,7 +59,7 @@ class Rule(NamedTuple):
     """Re-weights or transforms rows: `init(params) -> state`, `apply(ballot, state, key) -> (ballot, state, info)`.
 
     `info` may hold `centre` float64[n] (over the raw deltas) and `tau` (then the merge is leashed to them),
-    `distance`, `clipped`, `own` (`OwnRows`, merged instead of `rows` where the merge is no mean), and `backing` bool[n]
+    `distance`, `clipped`, `own` (`ClippedRows`, merged instead of `rows` where the merge is no mean), and `backing` bool[n]
     for rules that pick rows: one that is not picked still backs.
 
     Attributes:
@@ -199,7 +199,7 @@ def chain(*rules: Rule, merge: Merge) -> Aggregator:
         verdict = Verdict(
             backing=backing,
             coefficients=v,
-            coefficient_start=None if v is None else 1.0 - float(v.sum()),
+            coefficient_start=None if v is None else max(0.0, 1.0 - float(v.sum())),
             centre=info.get("centre"),
             tau=info.get("tau"),
             distance=info.get("distance"),

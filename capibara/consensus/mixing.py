@@ -21,8 +21,8 @@ FLOOR = 2.0**-40
 ROUNDING = 2.0**-44
 """A squared distance below this share of the squared lengths it is the difference of is rounding, and counts as 0.
 
-Float64 Gram entries of 1e7 products are good to about 2⁻⁴⁶; without this, copies of one row drift apart by 1e-8 of their
-length, are ordered by chance, and one of them may find itself outvoted."""
+Float64 Gram entries of 1e7 products are good to about 2⁻⁴⁶. Without this, copies of one row drift apart by 1e-8 of
+their length, are ordered by chance, and one of them may find itself outvoted."""
 
 WEISZFELD_STEPS = 32
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from capibara.consensus.ballot import Ballot, OwnRows, Rule
+from capibara.consensus.ballot import Ballot, ClippedRows, Rule
 from capibara.consensus.mixing import (
     FLOOR,
     adaptive_clip,
@@ -92,9 +92,9 @@ def majority() -> Rule:
     return Rule("majority", lambda params: (), lambda ballot, state, key: (ballot, state, {}))
 
 
-def _rows(keep: np.ndarray, rows: np.ndarray, clipped: np.ndarray, tau: np.ndarray) -> OwnRows:
+def _rows(keep: np.ndarray, rows: np.ndarray, clipped: np.ndarray, tau: np.ndarray) -> ClippedRows:
     start = np.where(keep, 1.0 - rows.sum(axis=1), 0.0)
-    return OwnRows(np.column_stack([rows, start]), np.where(keep, clipped, np.nan), float(tau))
+    return ClippedRows(np.column_stack([rows, start]), np.where(keep, clipped, np.nan), float(tau))
 
 
 @partial(jax.jit, static_argnames=("f", "at", "arc"))

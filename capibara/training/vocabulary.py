@@ -1,6 +1,6 @@
 """Where strings stop: each name of a configuration, resolved to the object it stands for.
 
-Every place that takes a name also takes the object itself, which passes through unchanged.
+Every place that takes a name also takes the object itself, which passes through.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Any
 import optax
 
 from capibara.consensus import merging, robust, voting
-from capibara.consensus.attacks import get_attack
-from capibara.consensus.attacks.base import Attack
+from capibara.consensus.attacks import Attack, get_attack
 from capibara.consensus.ballot import Aggregator, Merge, Rule, chain
 from capibara.consensus.config import ConsensusConfig
 from capibara.core.config import TrainingConfig
@@ -20,32 +19,118 @@ from capibara.engines.base import Engine
 from capibara.engines.inline import InlineEngine
 from capibara.engines.stacked import StackedEngine
 from capibara.errors import ConfigError, unknown_name
-from capibara.strategies.outer import outer_nesterov, outer_sgd
-from capibara.strategies.plain import plain
+from capibara.strategies.outer import outer_learning_rate, outer_nesterov, outer_sgd
+from capibara.strategies.plain import adamw, plain
+from capibara.strategies.schedules import schedule
 from capibara.types import Objective, Strategy
 
 ENGINES: dict[str, Callable[[], Engine]] = {"inline": InlineEngine, "stacked": StackedEngine}
 
-VOTES: dict[str, Callable[[ConsensusConfig], Rule]] = {
-    "byzantine_tolerant": lambda c: voting.byzantine_tolerant(
-        c.num_tolerated, outvote_at=c.outvote_at, merge_rows=c.merge_rows
-    ),
-    "majority": lambda c: voting.majority(),
-    "unanimous": lambda c: voting.majority(),
-    "geometric_median": lambda c: robust.geometric_median(c.num_tolerated),
-    "centered_clipping": lambda c: robust.centered_clipping(c.num_tolerated),
-    "krum": lambda c: robust.krum(c.num_tolerated),
-    "multi_krum": lambda c: robust.multi_krum(c.num_tolerated),
-    "trimmed_mean": lambda c: robust.trimmed_mean(c.num_tolerated),
-    "median": lambda c: robust.median(c.num_tolerated),
-    "bulyan": lambda c: robust.bulyan(c.num_tolerated),
+VOTES: dict[str, Callable[[int, ConsensusConfig, str], Rule]] = {
+    "byzantine_tolerant": lambda f, c, rows: voting.byzantine_tolerant(f, outvote_at=c.outvote_at, merge_rows=rows),
+    "majority": lambda f, c, rows: voting.majority(),
+    "unanimous": lambda f, c, rows: voting.majority(),
+    "geometric_median": lambda f, c, rows: robust.geometric_median(f),
+    "centered_clipping": lambda f, c, rows: robust.centered_clipping(f),
+    "krum": lambda f, c, rows: robust.krum(f),
+    "multi_krum": lambda f, c, rows: robust.multi_krum(f),
+    "trimmed_mean": lambda f, c, rows: robust.coordinates("trimmed_mean", f),
+    "median": lambda f, c, rows: robust.coordinates("median", f),
+    "bulyan": lambda f, c, rows: robust.bulyan(f),
 }
 
-MERGES: dict[str, Callable[[ConsensusConfig], Merge]] = {
-    "weighted_average": lambda c: merging.weighted_average(),
-    "uniform": lambda c: merging.uniform(),
-    "trimmed_mean": lambda c: merging.trimmed_mean(c.num_tolerated),
-    "median": lambda c: merging.median(),
+MERGES: dict[str, Callable[[int], Merge]] = {
+    "weighted_average": lambda f: merging.weighted_average(),
+    "uniform": lambda f: merging.uniform(),
+    "trimmed_mean": lambda f: merging.trimmed_mean(f),
+    "median": lambda f: merging.median(),
+    "bulyan": lambda f: robust.bulyan_merge(f),
 }
 
-STRATEGIES: dict[str, Callable[[Objective, TrainingConfig, int], Strategy]] = {}
+
+def aggregator(config: ConsensusConfig) -> Aggregator:
+    """The vote and the merge of a configuration, chained.
+
+    The default vote mixes rows only where the plain mean of them is merged; any other merge gets the nodes' own rows.
+    """
+    f, vote, merge = config.num_tolerated, config.voting_strategy, config.merge_strategy
+    if isinstance(vote, Aggregator):
+        return vote
+    if vote in ("trimmed_mean", "median", "bulyan"):
+        merge = vote
+    merge = MERGES[merge](f) if isinstance(merge, str) else merge
+    rows = config.merge_rows if merge.mean else "own"
+    rule = VOTES[vote](f, config, rows) if isinstance(vote, str) else vote
+    return chain(rule, merge=merge)
+
+
+def engine(config: ConsensusConfig) -> Engine:
+    """The engine of a configuration."""
+    return ENGINES[config.engine]() if isinstance(config.engine, str) else config.engine
+
+
+def outer(config: ConsensusConfig) -> optax.GradientTransformation:
+    """The outer optimiser of a configuration."""
+    if not isinstance(config.outer, str):
+        return config.outer
+    if config.outer == "sgd":
+        return outer_sgd(config.outer_learning_rate or 1.0)
+    rate = config.outer_learning_rate or outer_learning_rate(config.num_nodes, config.local_steps)
+    return outer_nesterov(rate, 0.9 if config.outer_momentum is None else config.outer_momentum)
+
+
+def attack(config: ConsensusConfig) -> Attack | None:
+    """The simulated attack of a configuration.
+
+    Raises:
+      ConfigError: If it would control no node.
+    """
+    if config.attack is None:
+        return None
+    if not config.attack_ids:
+        raise ConfigError(
+            f"attack = {config.attack!r} controls no node, since f = 0; use at least 4 nodes or set attack_nodes."
+        )
+    return get_attack(config.attack)
+
+
+def strategies(
+    given: tuple[Any, ...], objective: Objective, training: TrainingConfig, total_steps: int
+) -> tuple[Strategy, ...]:
+    """The strategies of a run, by name or as objects.
+
+    Raises:
+      ConfigError: For a name that is not there.
+    """
+    return tuple(STRATEGIES[_known(s)](objective, training, total_steps) if isinstance(s, str) else s for s in given)
+
+
+def plain_strategy(objective: Objective, training: TrainingConfig, total_steps: int) -> Strategy:
+    """The plain strategy as `[training]` describes it."""
+    rate = schedule(
+        training.schedule,
+        training.learning_rate,
+        total_steps,
+        warmup_steps=training.warmup_steps,
+        min_ratio=training.min_lr_ratio,
+        decay_fraction=training.decay_fraction,
+    )
+    optimizer = adamw(
+        rate,
+        weight_decay=training.weight_decay,
+        beta1=training.beta1,
+        beta2=training.beta2,
+        clip_norm=training.clip_norm,
+    )
+    return plain(
+        objective, optimizer, accumulation_steps=training.accumulation_steps, ema_decay=training.ema_decay
+    )
+
+
+STRATEGIES: dict[str, Callable[[Objective, TrainingConfig, int], Strategy]] = {"plain": plain_strategy}
+
+
+def _known(name: str) -> str:
+    if name not in STRATEGIES:
+        raise ConfigError(unknown_name("strategy", name, STRATEGIES))
+    return name
