@@ -10,7 +10,6 @@ leaves, one at a time. Weight 0 means "does not count", whatever the reason, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -59,8 +58,8 @@ class Rule(NamedTuple):
     """Re-weights or transforms rows: `init(params) -> state`, `apply(ballot, state, key) -> (ballot, state, info)`.
 
     `info` may hold `centre` float64[n] (over the raw deltas) and `tau` (then the merge is leashed to them),
-    `distance`, `clipped`, `own` (`ClippedRows`, merged instead of `rows` where the merge is no mean), and `backing` bool[n]
-    for rules that pick rows: one that is not picked still backs.
+    `distance`, `clipped`, `own` (`ClippedRows`, merged instead of `rows` where the merge is no mean), and `backing`
+    bool[n] for rules that pick rows: one that is not picked still backs.
 
     Attributes:
       name: For records.
@@ -224,7 +223,8 @@ def merge_rows(
         v = w @ ballot.rows[:, : len(w)]
         return weighted_sum(v, ballot.stack, ballot.gram), v, None if centre is None else 1.0
     assert merge.leaf is not None
-    delta = jax.tree.map(lambda leaf: merge.leaf(materialise(ballot.rows, keep, leaf, ballot.gram)), ballot.stack)
+    by_coordinate = merge.leaf
+    delta = jax.tree.map(lambda leaf: by_coordinate(materialise(ballot.rows, keep, leaf, ballot.gram)), ballot.stack)
     if centre is None or tau is None:
         return delta, None, None
     middle = weighted_sum(centre, ballot.stack, ballot.gram)
@@ -251,7 +251,10 @@ def _cosines(stack: PyTree, delta: PyTree, v: np.ndarray | None, gram: np.ndarra
 
 @jax.jit
 def _gram(leaves: list[jax.Array], keep: jax.Array) -> jax.Array:
-    return sum(_leaf_gram(leaf.reshape(leaf.shape[0], -1), keep) for leaf in leaves)
+    total = jnp.zeros((keep.shape[0], keep.shape[0]), jnp.float64)
+    for leaf in leaves:
+        total = total + _leaf_gram(leaf.reshape(leaf.shape[0], -1), keep)
+    return total
 
 
 def _leaf_gram(flat: jax.Array, keep: jax.Array) -> jax.Array:
@@ -286,13 +289,13 @@ def _weighted(stack: PyTree, down: jax.Array, up: jax.Array, keep: jax.Array) ->
 def _materialised(part: jax.Array, down: jax.Array, used: jax.Array, leaf: jax.Array) -> jax.Array:
     flat = leaf.reshape(leaf.shape[0], -1)
     clean = jnp.where(used[:, None], flat * down[:, None], 0)
-    return (part @ clean).reshape(part.shape[0], *leaf.shape[1:])
+    return jnp.matmul(part, clean, precision="highest").reshape(part.shape[0], *leaf.shape[1:])
 
 
 @jax.jit
 def _squared_distance(delta: PyTree, centre: PyTree) -> jax.Array:
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
-        gap = (a.astype(jnp.float64) - b).ravel()
+        gap = (a.astype(jnp.float64) - b.astype(jnp.float64)).ravel()
         return gap @ gap
 
     return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(one, delta, centre))))
@@ -308,6 +311,6 @@ def _products(stack: PyTree, delta: PyTree, keep: jax.Array) -> tuple[jax.Array,
     return found, squared
 
 
-@partial(jax.jit)
+@jax.jit
 def _draw(delta: PyTree, middle: PyTree, factor: jax.Array) -> PyTree:
     return jax.tree.map(lambda a, b: b + factor * (a - b), delta, middle)

@@ -1,13 +1,15 @@
 """The steps of the default vote, each on n×n numbers: clip by norm (ARC), mix neighbours (NNM), find the centre, clip.
 
 Row i of a coefficient matrix `rows` [n, n] stands for Σⱼ rows[i, j] Δⱼ. Rows outside `keep` are zero throughout. All
-functions are traced with n static and the number m of kept rows dynamic, in float64.
+functions are traced in float64, with n static, and f and the number m of kept rows dynamic.
 
 References: ARC, Allouah et al. 2024 (arXiv 2405.14432, Alg. 1). NNM, Allouah et al. 2023 (arXiv 2302.01772, Alg. 2).
 Geometric median, Pillutla et al. 2022 (smoothed Weiszfeld).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ their length, are ordered by chance, and one of them may find itself outvoted.""
 WEISZFELD_STEPS = 32
 
 
-def adaptive_clip(gram: jax.Array, keep: jax.Array, f: int) -> tuple[jax.Array, jax.Array]:
+def adaptive_clip(gram: jax.Array, keep: jax.Array, f: jax.Array) -> tuple[jax.Array, jax.Array]:
     """ARC: the k = ⌊2(f/m)(m−f)⌋ longest deltas are clipped to the (k+1)-th length.
 
     Returns:
@@ -41,7 +43,7 @@ def adaptive_clip(gram: jax.Array, keep: jax.Array, f: int) -> tuple[jax.Array, 
     return jnp.where(keep, factors, 0.0), limit
 
 
-def nearest_mean(rows: jax.Array, gram: jax.Array, keep: jax.Array, f: int, floor: jax.Array) -> jax.Array:
+def nearest_mean(rows: jax.Array, gram: jax.Array, keep: jax.Array, f: jax.Array, floor: jax.Array) -> jax.Array:
     """NNM: every row becomes the mean of its m−f nearest, itself included; rows tied at the edge share what is left."""
     count = keep.sum() - f
     distance = jnp.where(keep[None, :], pairwise(rows, gram), jnp.inf)
@@ -50,8 +52,8 @@ def nearest_mean(rows: jax.Array, gram: jax.Array, keep: jax.Array, f: int, floo
     inside = distance < edge - slack
     tied = ~inside & (distance <= edge + slack)
     left = count - inside.sum(axis=1, keepdims=True)
-    share = inside + tied * (left / jnp.maximum(tied.sum(axis=1, keepdims=True), 1))
-    return jnp.where(keep[:, None], share / count, 0.0) @ rows
+    share = jnp.where(inside, 1.0, jnp.where(tied, left / jnp.maximum(tied.sum(axis=1, keepdims=True), 1), 0.0))
+    return jnp.where(keep[:, None], share / jnp.asarray(count, share.dtype), 0.0) @ rows
 
 
 def geometric_median(rows: jax.Array, gram: jax.Array, keep: jax.Array, floor: jax.Array) -> jax.Array:
@@ -61,11 +63,11 @@ def geometric_median(rows: jax.Array, gram: jax.Array, keep: jax.Array, floor: j
         pull = jnp.where(keep, 1.0 / jnp.maximum(distances(rows, centre, gram), jnp.maximum(floor, 1e-200)), 0.0)
         return (pull / pull.sum()) @ rows
 
-    return jax.lax.fori_loop(0, WEISZFELD_STEPS, step, (keep / keep.sum()) @ rows)
+    return jax.lax.fori_loop(0, WEISZFELD_STEPS, step, _equal(keep, rows.dtype) @ rows)
 
 
 def clip_to(
-    rows: jax.Array, centre: jax.Array, gram: jax.Array, keep: jax.Array, f: int, floor: jax.Array
+    rows: jax.Array, centre: jax.Array, gram: jax.Array, keep: jax.Array, f: jax.Array, floor: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws each row to within τ of the centre, τ the (m−f)-th smallest distance.
 
@@ -99,3 +101,7 @@ def lengths(gaps: jax.Array, gram: jax.Array) -> jax.Array:
 def order_statistic(values: jax.Array, keep: jax.Array, rank: jax.Array) -> jax.Array:
     """The `rank`-th smallest (1 = smallest) of the kept values."""
     return jnp.sort(jnp.where(keep, values, jnp.inf))[rank - 1]
+
+
+def _equal(keep: jax.Array, dtype: Any) -> jax.Array:
+    return keep.astype(dtype) / keep.sum().astype(dtype)

@@ -181,12 +181,12 @@ def _median_weights(gram: jax.Array, keep: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="steps")
 def _clipped_mean(gram: jax.Array, keep: jax.Array, *, steps: int) -> jax.Array:
-    identity, m = jnp.eye(len(keep)), keep.sum()
+    identity, m = jnp.eye(len(keep), dtype=gram.dtype), keep.sum()
 
     def step(_: int, v: jax.Array) -> jax.Array:
         distance = mixing.distances(identity, v, gram)
         tau = mixing.order_statistic(distance, keep, (m + 1) // 2)
-        factor = jnp.where(keep, jnp.minimum(1.0, tau / jnp.maximum(distance, 1e-200)), 0.0) / m
+        factor = jnp.where(keep, jnp.minimum(1.0, tau / jnp.maximum(distance, 1e-200)), 0.0) / m.astype(gram.dtype)
         return v + factor - factor.sum() * v
 
-    return jax.lax.fori_loop(0, steps, step, jnp.zeros(len(keep)))
+    return jax.lax.fori_loop(0, steps, step, jnp.zeros(len(keep), gram.dtype))

@@ -67,7 +67,7 @@ def byzantine_tolerant(
         counted = ballot.weights[keep]
         mixed = merge_rows == "mixed" and bool((counted == counted[0]).all())
         with jax.enable_x64(True):
-            found = jax.tree.map(np.asarray, _vote(ballot.gram, keep, f=f, at=float(outvote_at), arc=clip_norms))
+            found = jax.tree.map(np.asarray, _vote(ballot.gram, keep, f, float(outvote_at), clip_norms=clip_norms))
         both = {kind: _rows(found["keep"], *found[kind]) for kind in ("mixed", "own")}
         chosen = both["mixed" if mixed else "own"]
         info = {
@@ -97,32 +97,33 @@ def _rows(keep: np.ndarray, rows: np.ndarray, clipped: np.ndarray, tau: np.ndarr
     return ClippedRows(np.column_stack([rows, start]), np.where(keep, clipped, np.nan), float(tau))
 
 
-@partial(jax.jit, static_argnames=("f", "at", "arc"))
-def _vote(gram: jax.Array, keep: jax.Array, *, f: int, at: float, arc: bool) -> dict[str, Any]:
+@partial(jax.jit, static_argnames="clip_norms")
+def _vote(gram: jax.Array, keep: jax.Array, f: jax.Array, at: jax.Array, *, clip_norms: bool) -> dict[str, Any]:
     gram = jnp.where(keep[:, None] & keep[None, :], gram, 0.0)
-    identity = jnp.eye(len(keep))
+    identity = jnp.eye(len(keep), dtype=gram.dtype)
 
-    def centre_of(keep: jax.Array):
-        factors, longest = adaptive_clip(gram, keep, f)
-        if not arc:
+    def centre_of(keep: jax.Array, _: Any):
+        if clip_norms:
+            factors, longest = adaptive_clip(gram, keep, f)
+        else:
             factors, longest = jnp.where(keep, 1.0, 0.0), jnp.sqrt(jnp.where(keep, jnp.diagonal(gram), 0.0).max())
         floor = FLOOR * longest
         mixed = nearest_mean(jnp.diag(factors), gram, keep, f, floor)
         centre = geometric_median(mixed, gram, keep, floor)
         own = distances(identity, centre, gram)
-        return mixed, centre, own, floor
+        limit = at * order_statistic(own, keep, keep.sum() - f)
+        named = keep & ~((own > limit) & (own > floor))
+        again = jnp.where(named.sum() > 2 * f, named, keep)
+        return again, (keep, mixed, centre, own, floor, named)
 
-    first = centre_of(keep)
-    _, _, own, floor = first
-    limit = at * order_statistic(own, keep, keep.sum() - f)
-    voted = keep & ~((own > limit) & (own > floor))
-    again = (voted.sum() < keep.sum()) & (voted.sum() > 2 * f)
-    mixed, centre, own, floor = jax.lax.cond(again, lambda: centre_of(voted), lambda: first)
-    entered = jnp.where(again, voted, keep)
+    # Twice, so that the second time nothing of the outvoted is left; the same again where nobody was.
+    _, passes = jax.lax.scan(centre_of, keep, length=2)
+    named = passes[-1][0]
+    entered, mixed, centre, own, floor, _ = jax.tree.map(lambda x: x[1], passes)
     return {
         "mixed": clip_to(mixed, centre, gram, entered, f, floor),
         "own": clip_to(identity, centre, gram, entered, f, floor),
         "centre": centre,
         "distance": own,
-        "keep": voted,
+        "keep": named,
     }

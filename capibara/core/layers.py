@@ -71,15 +71,19 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
     """Grouped-query attention: query [B, T, N, H], key and value [B, S, K, H], allowed bool[B, T, S] → [B, T, N, H].
 
-    Scores and softmax in float32. A row of `allowed` without a True attends to nothing that counts and is ignored.
+    The N/K query heads of a group stand below each other, so that keys and values are never repeated and each product
+    is one batched dot. Scores and softmax in float32. A row of `allowed` without a True gives a mean that no loss sees.
     """
     B, T, N, H = query.shape
-    K = key.shape[2]
-    grouped = query.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(allowed[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(B, T, N, H)
+    S, K = key.shape[1], key.shape[2]
+    stacked = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
+    keys, values = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (key, value))
+    scores = _batched(stacked, keys, 2).reshape(B, K, N // K, T, S) * H**-0.5
+    scores = scores + jnp.where(allowed, 0.0, -1e30)[:, None, None]
+    shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    weights = (shares / shares.sum(-1, keepdims=True)).astype(value.dtype)
+    mixed = _batched(weights.reshape(B * K, N // K * T, S), values, 1).astype(value.dtype)
+    return mixed.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def causal_segments(segments: jax.Array) -> jax.Array:
@@ -134,6 +138,10 @@ def _dot(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(
         x, kernel, (((x.ndim - 1,), (axis - 1,)), ((), ())), preferred_element_type=jnp.float32
     )
+
+
+def _batched(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 def _matrix(rngs: nnx.Rngs, shape: tuple[int, int], scale: float) -> nnx.Param:

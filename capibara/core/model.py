@@ -23,6 +23,7 @@ from capibara.core.layers import AttentionBlock, causal_segments, rms_norm
 from capibara.core.loss import head_loss, head_losses
 from capibara.errors import ConfigError, unknown_name
 from capibara.files import Files, read_tensors, tensors_to_bytes
+from capibara.transforms.remat import recomputed
 from capibara.tree import from_named_leaves, named_leaves
 from capibara.types import Batch, Objective, PyTree
 
@@ -38,8 +39,10 @@ class ModularCapibaraModel(nnx.Module):
     """
 
     def __init__(self, config: ModularConfig | ModelConfig, *, seed: int | None = None):
+        self.gradient_checkpointing = False
         if isinstance(config, ModularConfig):
             seed = config.training.seed if seed is None else seed
+            self.gradient_checkpointing = config.training.gradient_checkpointing
             config = config.model
         self.config = config
         rngs = nnx.Rngs(params=seed or 0)
@@ -66,7 +69,7 @@ class ModularCapibaraModel(nnx.Module):
         allowed = causal_segments(jnp.ones((B, T), jnp.int32) if segments is None else segments)
         x = self.embedding[...].astype(self.config.dtype)[tokens]
         for block in self.blocks:
-            x, _ = block(x, positions, allowed)
+            x = recomputed(block, x, positions, allowed) if self.gradient_checkpointing else block(x, positions, allowed)[0]
         return rms_norm(x, self.norm[...], self.config.norm_eps)
 
     def __call__(

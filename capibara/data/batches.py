@@ -52,7 +52,7 @@ class TextSource:
         self.tokens_per_sequence, self.seed = sequence_length, seed
         self.vocab_size, self.eos = self.manifest["vocab_size"], self.manifest["eos"]
         self.digest: str = self.manifest["digest"]
-        self._ids = {s: np.memmap(folder / f"{s}.bin", self.manifest["dtype"], "r") for s in SPLITS}
+        self._ids = {s: _ids(folder / f"{s}.bin", self.manifest["dtype"]) for s in SPLITS}
         offsets = {s: np.fromfile(folder / f"{s}.idx", np.int64) for s in SPLITS}
         fields = [json.loads(line) for line in (folder / "train.fields").read_bytes().splitlines()]
         values = None if field is None else [_value(one, field) for one in fields]
@@ -152,6 +152,10 @@ def documents_of(path: Any):
         files = sorted((demo_folder() / "speeches").glob("*.txt"))
         return demo_documents, _digest(files)
     return (lambda: read_documents(path)), _digest(text_files(path))
+
+
+def _ids(path: Path, dtype: str) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def _digest(files: list[Path]) -> str:

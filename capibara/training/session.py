@@ -166,7 +166,7 @@ class Session:
         needs = estimate(
             4 * numbers,
             config.consensus.num_nodes * num_bytes(shapes.inner),
-            batch * _activation_bytes_per_token(config),
+            batch * activation_bytes_per_token(config),
             num_nodes=config.consensus.num_nodes,
             num_rounds=self.num_rounds,
             keep_deltas=config.consensus.keep_deltas,
@@ -289,7 +289,7 @@ def environment() -> dict[str, Any]:
 def _text(config: ModularConfig, run: Run) -> TextSource:
     path = run.path / "tokenizer.json"
     if not path.is_file():
-        tokenizer = _new_tokenizer(config)
+        tokenizer = new_tokenizer(config)
         run.files.write_atomic(path, tokenizer.definition.encode())
     return open_source(
         config.data, num_nodes=config.consensus.num_nodes, split=config.consensus.split, seed=config.consensus.seed,
@@ -297,7 +297,8 @@ def _text(config: ModularConfig, run: Run) -> TextSource:
     )  # fmt: skip
 
 
-def _new_tokenizer(config: ModularConfig) -> Tokenizer:
+def new_tokenizer(config: ModularConfig) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names; `bpe:SIZE` is trained on the data."""
     kind, _, size = config.data.tokenizer.partition(":")
     if kind != "bpe":
         return load_tokenizer(config.data.tokenizer)
@@ -313,10 +314,12 @@ def _fitted(config: ModularConfig, source: Any) -> ModularConfig:
     return config if vocab_size == config.model.vocab_size else config.replace(model={"vocab_size": vocab_size})
 
 
-def _activation_bytes_per_token(config: ModularConfig) -> int:
+def activation_bytes_per_token(config: ModularConfig) -> int:
+    """About what a training step keeps for the backward pass; with gradient checkpointing one block and the inputs."""
     model = config.model
     block = 12 * model.width + 4 * model.hidden_size + 3 * model.num_heads * config.data.sequence_length
-    return 4 * (model.num_layers * block + 3 * min(model.vocab_size, 8192))
+    kept = block + model.num_layers * model.width if config.training.gradient_checkpointing else model.num_layers * block
+    return 4 * (kept + 3 * min(model.vocab_size, 8192))
 
 
 def _history(line: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:

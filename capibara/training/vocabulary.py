@@ -105,9 +105,9 @@ def strategies(
     return tuple(STRATEGIES[_known(s)](objective, training, total_steps) if isinstance(s, str) else s for s in given)
 
 
-def plain_strategy(objective: Objective, training: TrainingConfig, total_steps: int) -> Strategy:
-    """The plain strategy as `[training]` describes it."""
-    rate = schedule(
+def learning_rate(training: TrainingConfig, total_steps: int) -> optax.Schedule:
+    """The learning-rate schedule that `[training]` describes."""
+    return schedule(
         training.schedule,
         training.learning_rate,
         total_steps,
@@ -115,8 +115,12 @@ def plain_strategy(objective: Objective, training: TrainingConfig, total_steps: 
         min_ratio=training.min_lr_ratio,
         decay_fraction=training.decay_fraction,
     )
+
+
+def plain_strategy(objective: Objective, training: TrainingConfig, total_steps: int) -> Strategy:
+    """The plain strategy as `[training]` describes it."""
     optimizer = adamw(
-        rate,
+        learning_rate(training, total_steps),
         weight_decay=training.weight_decay,
         beta1=training.beta1,
         beta2=training.beta2,
