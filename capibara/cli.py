@@ -16,21 +16,7 @@ from typing import Any
 import click
 
 from capibara import __version__
-from capibara.errors import CapibaraError, ConfigError, nearest
-
-
-class Commands(click.Group):
-    """A group that names the nearest command when one is misspelt."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]):
-        """Resolves the command or fails with a hint."""
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            guess = nearest(args[0], self.list_commands(ctx))
-            if guess:
-                error.message += f" Did you mean '{guess}'?"
-            raise
+from capibara.errors import CapibaraError, ConfigError
 
 
 def command(group: click.Group, name: str, **kwargs: Any) -> Callable:
@@ -55,18 +41,18 @@ def command(group: click.Group, name: str, **kwargs: Any) -> Callable:
     return register
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="capibara")
 def main() -> None:
     """Train language models by consensus: n nodes train, vote, and leave a certificate of every merge."""
 
 
-@main.group(cls=Commands)
+@main.group()
 def runs() -> None:
     """List and show runs."""
 
 
-@main.group(cls=Commands)
+@main.group()
 def config() -> None:
     """Check configuration files."""
 
@@ -240,23 +226,20 @@ def _print_config(loaded: Any, as_json: bool) -> None:
 
 def _run(session: Any, as_json: bool, sample: bool = False) -> None:
     """Runs a session under a live display and prints its result; Ctrl-C saves and says how to resume."""
-    from capibara.run.progress import Display
     from capibara.run.report import result_text
 
     try:
-        with Display(session, enabled=not as_json) as display:
-            results = session.train(display=display)
+        with session.display(enabled=not as_json) as display:
+            results = session.train(display, sample="The " if sample else None)
     except KeyboardInterrupt:
         saved = session.save()
         hint = f"Saved after round {saved}. Go on with: capibara resume {session.run.path}"
         _fail("interrupted", hint, 130, as_json)
         return
     if as_json:
-        _say(True, results.to_json(sample=sample), "")
+        _say(True, results.to_json(), "")
     else:
-        from rich.console import Console
-
-        Console().print(result_text(results, sample=sample))
+        _say(False, {}, result_text(results, sample=sample))
 
 
 def _say(as_json: bool, payload: dict[str, Any], text: str) -> None:

@@ -57,17 +57,27 @@ class Files:
         os.replace(source, target)
 
     def remove(self, path: Path) -> None:
-        """Removes a file or a whole folder, if it is there."""
-        if path.is_dir():
+        """Removes a file or a whole folder, if it is there; a folder is hidden first, so that it is never half there."""
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif path.name.startswith("."):
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            hidden = path.with_name(f".{path.name}.removed")
+            if hidden.exists():
+                shutil.rmtree(hidden)
+            self.rename(path, hidden)
+            shutil.rmtree(hidden)
 
     def write_atomic(self, path: Path, data: bytes | memoryview) -> None:
         """The file has its old content or its new content, never a part."""
         temporary = path.with_name(f".{path.name}.tmp")
-        self.write(temporary, data)
-        self.rename(temporary, path)
+        try:
+            self.write(temporary, data)
+            self.rename(temporary, path)
+        except OSError:
+            self.remove(temporary)  # what did not fit must not keep the room
+            raise
         self.fsync_folder(path.parent)
 
 
@@ -91,21 +101,32 @@ def tensors_to_bytes(tensors: Mapping[str, Any]) -> bytes:
     return save({name: np.ascontiguousarray(_numpy(value)) for name, value in tensors.items()})
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path, *, digest: str | None = None, name: str | None = None) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file.
 
+    Args:
+      path: The file.
+      digest: BLAKE3 (hex) that its bytes must have, checked on the very bytes that are read.
+      name: What to call the file in errors, if not by its path.
+
     Raises:
-      CertificateError: If the file is missing or is not a whole safetensors file.
+      CertificateError: If the file is missing, has another digest, or is not a whole safetensors file.
     """
+    from blake3 import blake3
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
+    name = name or str(path)
     try:
-        return load(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
-        raise CertificateError(f"{path} is missing.") from None
+        raise CertificateError(f"{name} is missing.") from None
+    if digest is not None and blake3(data).hexdigest() != digest:
+        raise CertificateError(f"{name} has been changed: its digest is not the one on record.")
+    try:
+        return load(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CertificateError(f"{path} is not a whole safetensors file ({error}).") from None
+        raise CertificateError(f"{name} is not a whole safetensors file ({error}).") from None
 
 
 def _numpy(value: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from capibara.errors import ConfigError
+from capibara.errors import ConfigError, RunError
 from capibara.types import Batch, PyTree, Strategy, TrainState
 
 
@@ -26,6 +26,7 @@ class StepInfo(NamedTuple):
       losses: float32[chunk] training losses in nats.
       info: Last values of everything else that the strategy reports.
       skipped: Steps of the chunk that the NaN guard skipped.
+      skipped_in_a_row: Skipped steps that the chunk ends with; more than `losses` has where the chunk before did too.
       tokens_per_s: Of this chunk; the first one includes compilation.
     """
 
@@ -34,6 +35,7 @@ class StepInfo(NamedTuple):
     losses: np.ndarray
     info: dict[str, float]
     skipped: int
+    skipped_in_a_row: int
     tokens_per_s: float
 
 
@@ -73,7 +75,7 @@ def steps(
     """
     if chunk < 1:
         raise ConfigError(f"log_every must be at least 1 step; got {chunk}.")
-    done = int(state.step)
+    done, in_a_row = int(state.step), 0
     while done < num_steps:
         count = min(chunk - done % chunk, num_steps - done)
         batch = batches(done, count)
@@ -82,9 +84,11 @@ def steps(
         losses = np.asarray(infos.pop("loss"))
         seconds = max(clock() - began, 1e-9)
         done += count
-        skipped = int(np.asarray(infos.pop("skipped")).sum()) if "skipped" in infos else 0
+        skipped = np.asarray(infos.pop("skipped", np.zeros(count)), bool)
+        good = np.flatnonzero(~skipped)
+        in_a_row = int(count - 1 - good[-1]) if good.size else in_a_row + count
         last = {name: float(np.asarray(values)[-1]) for name, values in infos.items()}
-        yield StepInfo(state, done, losses, last, skipped, count_tokens(batch) / seconds)
+        yield StepInfo(state, done, losses, last, int(skipped.sum()), in_a_row, count_tokens(batch) / seconds)
 
 
 def fit(
@@ -102,16 +106,14 @@ def fit(
     """Drains `steps`, calling each callback after every chunk; a callback may raise `StopIteration` to end early.
 
     Raises:
-      FloatingPointError: If `max_skipped` steps in a row had a loss or gradient that is not finite.
+      RunError: If `max_skipped` steps in a row had a loss or gradient that is not finite.
     """
-    in_a_row = 0
     for info in steps(strategy, state, batches, key, num_steps, chunk=chunk, clock=clock):
         state = info.state
-        in_a_row = in_a_row + info.skipped if info.skipped == len(info.losses) else info.skipped
-        if in_a_row >= max_skipped:
-            raise FloatingPointError(
-                f"{in_a_row} steps in a row up to step {info.step} had a loss or gradient that is not finite; the "
-                "parameters are those before the first of them. Lower the learning rate or look at the data."
+        if info.skipped_in_a_row >= max_skipped:
+            raise RunError(
+                f"{info.skipped_in_a_row} steps in a row up to step {info.step} had a loss or gradient that is not "
+                f"{info.skipped_in_a_row} steps in a row up to step {info.step} had a loss or gradient that is not "
             )
         try:
             for callback in callbacks:

@@ -218,7 +218,7 @@ def run_round(
     else:
         next_state = _decide(plan, state, attempt, draw, line, watch)
     line["timing"] = {"phases_s": watch.seconds, "node_s": [number(s) for s in held.seconds]}
-    return next_state, RoundRecord(line, held.stack, held.losses)
+    return next_state, RoundRecord(line, attempt.returned.stack, held.losses)
 
 
 def quorum_error(line: Mapping[str, Any]) -> QuorumError:

@@ -3,7 +3,7 @@
     plan = digits.plan(ConsensusConfig(num_nodes=8, local_steps=5))
     state = first_state(plan, digits.first_params())
 
-A "sequence" is one example and holds one token, so every loss is in nats an example. A round compiles in about a second.
+A "sequence" is one example and holds one token, so every loss is in nats an example.
 The data are the 1,797 images of 8 × 8 pixels that scikit-learn carries (Alpaydin & Kaynak 1998); the file is read
 without importing scikit-learn, which takes longer than all the rest.
 """

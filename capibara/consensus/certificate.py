@@ -28,7 +28,10 @@ OUTSIDE_HASH = ("hash", "timing", "environment")
 def canonical(value: Any) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, shortest round-trip floats, NaN and infinities as null."""
     text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise CertificateError("A certificate cannot hold half of a UTF-16 pair; its text must be Unicode.") from None
 
 
 def line_hash(line: Mapping[str, Any]) -> str:
@@ -52,11 +55,14 @@ def parse_line(raw: bytes, number: int, *, name: str = "rounds.jsonl") -> dict[s
     place = f"{name} line {number}"
     try:
         line = json.loads(raw)
-    except ValueError:
+        same = canonical(line) == raw.removesuffix(b"\n")
+    except (ValueError, RecursionError):
         raise CertificateError(f"{place} is not JSON.") from None
-    if not isinstance(line, dict) or "hash" not in line or "previous" not in line:
+    except CertificateError:
+        same = False
+    if not isinstance(line, dict) or not isinstance(line.get("hash"), str) or not isinstance(line.get("previous"), str):
         raise CertificateError(f"{place} is not a certificate: it lacks `hash` or `previous`.")
-    if canonical(line) != raw.rstrip(b"\n"):
+    if not same:
         raise CertificateError(f"{place} is not canonical: its bytes have been changed.")
     if line_hash(line) != line["hash"]:
         raise CertificateError(f"{place} has been changed: its content has hash {line_hash(line)[:16]}…, it claims "
@@ -114,7 +120,9 @@ def _plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, (float, np.floating)):
         number = float(value)
-        return (number + 0.0 if number else 0.0) if math.isfinite(number) else None
-    if isinstance(value, (Sequence, np.ndarray)):
+        return number + 0.0 if math.isfinite(number) else None  # -0.0 + 0.0 = 0.0
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [_plain(one) for one in value]
     raise CertificateError(f"A certificate cannot hold a {type(value).__name__}.")

@@ -40,6 +40,7 @@ class ModularCapibaraModel(nnx.Module):
 
     def __init__(self, config: ModularConfig | ModelConfig, *, seed: int | None = None):
         self.gradient_checkpointing = False
+        self.tokenizer: Any = None
         if isinstance(config, ModularConfig):
             seed = config.training.seed if seed is None else seed
             self.gradient_checkpointing = config.training.gradient_checkpointing
@@ -69,7 +70,8 @@ class ModularCapibaraModel(nnx.Module):
         allowed = causal_segments(jnp.ones((B, T), jnp.int32) if segments is None else segments)
         x = self.embedding[...].astype(self.config.dtype)[tokens]
         for block in self.blocks:
-            x = recomputed(block, x, positions, allowed) if self.gradient_checkpointing else block(x, positions, allowed)[0]
+            call = recomputed if self.gradient_checkpointing else _output
+            x = call(block, x, positions, allowed)
         return rms_norm(x, self.norm[...], self.config.norm_eps)
 
     def __call__(
@@ -189,6 +191,10 @@ def objective(model: nnx.Module, loss: Callable[..., Any] | None = None) -> Obje
         return jax.lax.map(one, dict(batch)) * tokens, tokens
 
     return Objective(batch_loss, sequence_losses)
+
+
+def _output(block: Any, x: jax.Array, *rest: Any) -> jax.Array:
+    return block(x, *rest)[0]
 
 
 def _rebuild(model: Any) -> Callable[[dict[str, Any]], Any]:

@@ -28,7 +28,7 @@ def line_up(offsets: np.ndarray, documents: np.ndarray) -> Line:
 
 
 def num_rows(line: Line, length: int, shift: int = 0) -> int:
-    """Whole rows of `length` pairs after the first `shift`; 1, to be padded, where less than one is left; 0 for none."""
+    """Whole rows of `length` pairs after the first `shift`; 1, to be padded, where less is left; 0 where nothing is."""
     left = line.num_pairs - shift
     return max(left // length, 1) if left > 0 else 0
 

@@ -18,25 +18,9 @@ Callback = Callable[[StepInfo], None]
 Sink = Callable[[dict[str, Any]], None]
 
 
-def at_every(num_steps: int, callback: Callback, *, last: int | None = None, after: int = 0) -> Callback:
-    """Calls `callback` after the first chunk that reaches each multiple of `num_steps`, and after step `last`.
-
-    Args:
-      num_steps: Steps between two calls; a chunk that passes several multiples is one call.
-      callback: What to call.
-      last: The last step of the run, which is always followed by a call.
-      after: Steps that were finished before, by an earlier process.
-    """
-    seen = after // num_steps
-
-    def call(info: StepInfo) -> None:
-        nonlocal seen
-        due = info.step // num_steps > seen or info.step == last
-        seen = info.step // num_steps
-        if due:
-            callback(info)
-
-    return call
+def reaches(info: StepInfo, num_steps: int) -> bool:
+    """Whether a chunk reached a multiple of `num_steps`; decided by the chunk alone, so a resumed run agrees."""
+    return info.step // num_steps > (info.step - len(info.losses)) // num_steps
 
 
 def record(
@@ -57,7 +41,8 @@ def record(
     def call(info: StepInfo) -> None:
         finite = info.losses[np.isfinite(info.losses)]
         loss = float(finite.mean(dtype=np.float64)) if finite.size else float("nan")
-        entry = {"step": info.step, "loss": loss, **info.info, "tokens_per_s": info.tokens_per_s, "skipped": info.skipped}
+        entry = {"step": info.step, "loss": loss, "tokens_per_s": info.tokens_per_s, "skipped": info.skipped}
+        entry |= info.info
         if learning_rate is not None:
             entry["learning_rate"] = float(learning_rate(info.step - 1))
         entry |= (evaluate(info) if evaluate else None) or {}

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,8 @@ def save_checkpoint(run: Run, number: int, sections: dict[str, dict[str, Any]], 
         files.rename(temporary, target)
         files.fsync_folder(folder)
     except OSError as error:
+        with suppress(OSError):
+            files.remove(temporary)  # what did not fit must not keep the room
         raise RunError(
             f"The checkpoint of step {number} could not be written to {folder} ({error.strerror or error}). Nothing that "
             f"was committed is lost: make room, then `capibara resume {run.path}`."
@@ -82,11 +85,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[
         if expected is None:
             sections[name] = {}
             continue
-        if not file.exists():
-            raise CertificateError(f"{_short(file)} is missing.")
-        if blake3(file.read_bytes()).hexdigest() != expected:
-            raise CertificateError(f"{_short(file)} has been changed: its digest is not the one in {STATE}.")
-        sections[name] = read_tensors(file)
+        sections[name] = read_tensors(file, digest=expected, name=_short(file))
     return sections, state
 
 
@@ -117,26 +116,33 @@ def checkpoints(path: Path) -> list[Path]:
 def newest_intact(run: Run) -> Found:
     """Walks back from the newest checkpoint to one that checks, and says what it walked past.
 
-    Raises:
-      CertificateError: If there are checkpoints but none is intact.
+    Where none is intact a run begins again at its start, and must reproduce its certificates.
     """
-    notes, folders = [], checkpoints(run.path)
-    for folder in reversed(folders):
+    notes = []
+    for folder in reversed(checkpoints(run.path)):
         try:
             sections, meta = load_checkpoint(folder)
         except CertificateError as error:
             notes.append(f"{error} Going back to the checkpoint before it.")
             continue
         return Found(sections, meta, notes)
-    if folders and run.lines and run.lines[0]["round"] > 0:
-        raise CertificateError(f"None of the {len(folders)} checkpoints of {run.path} is intact. " + " ".join(notes))
     return Found(None, {}, [note.replace("the checkpoint before it", "the start") for note in notes])
 
 
 def prune(run: Run, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints."""
+    """Removes all but the `keep` ≥ 1 newest checkpoints.
+
+    Raises:
+      RunError: If the disk does not let one go; everything committed is intact.
+    """
     for folder in checkpoints(run.path)[:-keep]:
-        run.files.remove(folder)
+        try:
+            run.files.remove(folder)
+        except OSError as error:
+            raise RunError(
+                f"The old checkpoint {folder} could not be removed ({error.strerror or error}). Everything that was "
+                f"committed is intact: mend the disk, then `capibara resume {run.path}`."
+            ) from error
 
 
 def save_deltas(run: Run, number: int, stack: dict[str, Any], merged: dict[str, Any]) -> Path:
@@ -165,7 +171,7 @@ def load_deltas(path: Path, num_nodes: int) -> tuple[dict[str, np.ndarray], dict
     Raises:
       CertificateError: If the file is missing, damaged, or does not hold `num_nodes` rows.
     """
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, name=_short(path))
     merged = {name.removeprefix("merged/"): leaf for name, leaf in tensors.items() if name.startswith("merged/")}
     try:
         stack = {name: np.stack([tensors[f"row/{i}/{name}"] for i in range(num_nodes)]) for name in merged}

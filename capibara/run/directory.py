@@ -10,15 +10,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from capibara.consensus.certificate import GENESIS, check_link, parse_line
-from capibara.errors import CertificateError, RunError
+from capibara.consensus.certificate import GENESIS, canonical, check_link, parse_line
+from capibara.errors import RunError
 from capibara.files import Files
 
 FORMAT_VERSION = 1
 CERTIFICATES = "rounds.jsonl"
+FORMAT = "format.json"
+LOCK = ".lock"
+FOLDERS = ("checkpoints", "logs", "deltas")
 
 
 class Run:
@@ -40,17 +44,28 @@ class Run:
         """A new run directory.
 
         Raises:
-          RunError: If the directory holds anything already.
+          RunError: If the directory holds anything already (what a creation that was cut short left does not count),
+            is in use, or cannot be written.
         """
         path, files = Path(path), files or Files()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(f"{path} exists and is not empty. Resume it with `capibara resume {path}`, or name another.")
-        for folder in ("checkpoints", "logs", "deltas"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        run = cls(path, files, _take_lock(path))
-        files.write_atomic(path / "config.toml", config_toml.encode())
-        files.write_atomic(path / CERTIFICATES, b"")
-        files.write_atomic(path / "format.json", json.dumps({"format_version": FORMAT_VERSION}).encode() + b"\n")
+        try:
+            _refuse_if_used(path)
+            for folder in FOLDERS:
+                (path / folder).mkdir(parents=True, exist_ok=True)
+            run = cls(path, files, _take_lock(path))
+        except OSError as error:
+            raise _not_writable(path, error) from error
+        try:
+            _refuse_if_used(path)  # again, now that nobody else can be making it
+            files.write_atomic(path / "config.toml", config_toml.encode())
+            files.write_atomic(path / CERTIFICATES, b"")
+            files.write_atomic(path / FORMAT, json.dumps({"format_version": FORMAT_VERSION}).encode() + b"\n")
+        except OSError as error:
+            run.close()
+            raise _not_writable(path, error) from error
+        except BaseException:
+            run.close()
+            raise
         return run
 
     @classmethod
@@ -63,16 +78,22 @@ class Run:
         """
         path, files = Path(path), files or Files()
         check_format(path)
-        run = cls(path, files, _take_lock(path))
+        try:
+            run = cls(path, files, _take_lock(path))
+        except OSError as error:
+            raise _not_writable(path, error) from error
         try:
             run.lines, torn_at = read_lines(path)
-        except CertificateError:
+            if torn_at is not None:
+                files.truncate(path / CERTIFICATES, torn_at)
+                run.notes.append(f"The last line of {CERTIFICATES} had not been written whole and was removed.")
+            run._discard_unlisted()
+        except OSError as error:
+            run.close()
+            raise _not_writable(path, error) from error
+        except BaseException:
             run.close()
             raise
-        if torn_at is not None:
-            files.truncate(path / CERTIFICATES, torn_at)
-            run.notes.append(f"The last line of {CERTIFICATES} had not been written whole and was removed.")
-        run._discard_unlisted()
         return run
 
     @property
@@ -81,11 +102,23 @@ class Run:
         return self.lines[-1]["hash"] if self.lines else GENESIS
 
     def append(self, line: dict[str, Any]) -> None:
-        """Appends a sealed certificate: the commit point of its round."""
-        from capibara.consensus.certificate import canonical
+        """Appends a sealed certificate: the commit point of its round.
 
+        Raises:
+          RunError: If the disk is full or not writable; the certificates are as they were.
+        """
         check_link(line, self.head, len(self.lines) + 1)
-        self.files.append(self.path / CERTIFICATES, canonical(line) + b"\n")
+        path = self.path / CERTIFICATES
+        size = path.stat().st_size
+        try:
+            self.files.append(path, canonical(line) + b"\n")
+        except OSError as error:
+            with suppress(OSError):  # a part that stays is torn, and removed when the run is opened again
+                self.files.truncate(path, size)
+            raise RunError(
+                f"Certificate {len(self.lines) + 1} could not be written to {path} ({error.strerror or error}). Nothing "
+                f"that was committed is lost: make room, then `capibara resume {self.path}`."
+            ) from error
         self.lines.append(line)
 
     def close(self) -> None:
@@ -104,7 +137,9 @@ class Run:
         """Removes checkpoints and deltas of rounds whose line was never appended, and temporary files."""
         hashes = {line["hash"] for line in self.lines}
         for folder in sorted((self.path / "checkpoints").glob("*")):
-            if folder.name.startswith(".") or not _is_listed(folder, hashes):
+            if folder.name.startswith("."):
+                self.files.remove(folder)
+            elif not _is_listed(folder, hashes):
                 self.files.remove(folder)
                 self.notes.append(f"checkpoints/{folder.name} belonged to a round that was not committed; removed.")
         done = {line["round"] for line in self.lines if line["outcome"] != "no_quorum"}
@@ -124,27 +159,26 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int | None]:
         raw = (path / CERTIFICATES).read_bytes()
     except FileNotFoundError:
         raise RunError(f"{path} has no {CERTIFICATES}; it is not a whole run directory.") from None
-    lines, previous, offset = [], GENESIS, 0
-    for number, text in enumerate(raw.splitlines(keepends=True), 1):
-        if not text.endswith(b"\n"):
-            return lines, offset
+    *whole, torn = raw.split(b"\n")  # not splitlines: a byte flipped to a carriage return must not end a line
+    lines, previous = [], GENESIS
+    for number, text in enumerate(whole, 1):
         line = parse_line(text, number)
         check_link(line, previous, number)
         lines.append(line)
-        previous, offset = line["hash"], offset + len(text)
-    return lines, None
+        previous = line["hash"]
+    return lines, len(raw) - len(torn) if torn else None
 
 
 def check_format(path: Path) -> None:
     """Raises RunError if `path` is no run directory or was written by a later version of capibara."""
     try:
-        version = json.loads((path / "format.json").read_text())["format_version"]
-    except FileNotFoundError:
-        raise RunError(f"{path} is not a run directory (it has no format.json). List runs with `capibara runs ls`.") \
-            from None
+        version = json.loads((path / FORMAT).read_text())["format_version"]
+        later = version > FORMAT_VERSION
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{path} is not a run directory (it has no {FORMAT}). List runs with `capibara runs ls`.") from None
     except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path / 'format.json'} does not say which format the run has; it has been damaged.") from None
-    if version > FORMAT_VERSION:
+        raise RunError(f"{path / FORMAT} does not say which format the run has; it has been damaged.") from None
+    if later:
         raise RunError(
             f"{path} has format_version {version}; this capibara knows up to {FORMAT_VERSION}. Update capibara."
         )
@@ -157,11 +191,32 @@ def _is_listed(folder: Path, hashes: set[str]) -> bool:
         return True  # damaged, not unlisted: `newest_intact` walks past it and says so
 
 
+def _refuse_if_used(path: Path) -> None:
+    """Raises RunError unless the directory is new, empty, or what a creation that was cut short left behind."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"{path} is a file. Name a directory that does not exist yet.")
+    names = {entry.name for entry in path.iterdir()}
+    ours = {*FOLDERS, LOCK, "config.toml", CERTIFICATES}
+    started = names - ours - {f".{name}.tmp" for name in (*ours, FORMAT)}
+    if started or any(any((path / folder).glob("*")) for folder in FOLDERS) or _size(path / CERTIFICATES):
+        raise RunError(f"{path} exists and is not empty. Resume it with `capibara resume {path}`, or name another.")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _not_writable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path} cannot be written ({error.strerror or error}). Make room or name another directory.")
+
+
 def _take_lock(path: Path) -> int:
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
         raise RunError(f"{path} is in use by process {holder}. Wait for it to end, or stop it first.") from None

@@ -20,7 +20,10 @@ class MetricsWriter:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time):
         self.path, self.clock = path, clock
+        torn = path.exists() and not path.read_bytes().endswith((b"", b"\n")[path.stat().st_size > 0 :])
         self._file = open(path, "a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")  # or the next line would be lost with the torn one
 
     def write(self, **values: Any) -> None:
         """Appends one object with the time and the values given."""

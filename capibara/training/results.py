@@ -1,4 +1,4 @@
-"""What a consensus run gives back."""
+"""What a run gives back: `ConsensusResults` of a consensus, `TrainingResults` of one model."""
 
 from __future__ import annotations
 
@@ -102,3 +102,51 @@ class ConsensusResults:
 
     def __repr__(self) -> str:
         return f"ConsensusResults({self.summary()})"
+
+
+@dataclass(frozen=True)
+class TrainingResults:
+    """The outcome of training one model.
+
+    Attributes:
+      model: The trained model; the running average of its weights where `ema_decay` is set.
+      steps: Steps finished.
+      history: One dict a log line: `step, loss, tokens_per_s, skipped, learning_rate, …`, `eval_loss` where evaluated.
+      run_path: The run directory.
+      before: The evaluation at the start, or None where there was no text to evaluate on.
+      after: The same for `model`.
+    """
+
+    model: Any
+    steps: int
+    history: list[dict[str, Any]]
+    run_path: Path
+    before: Judgement | None = None
+    after: Judgement | None = None
+
+    def summary(self) -> str:
+        """A few plain lines: steps, loss, evaluation with the paired standard error, where everything is."""
+        lines = [f"{self.steps} steps."]
+        if self.history:
+            last, skipped = self.history[-1], sum(entry["skipped"] for entry in self.history)
+            lines = [f"{self.steps} steps, training loss {last['loss']:.4f}, {last['tokens_per_s']:,.0f} tokens/s."]
+            if skipped:
+                lines.append(f"{skipped} steps were skipped: their loss or gradient was not finite.")
+        if self.before is not None and self.after is not None:
+            change, se = self.after.against(self.before)
+            lines.append(
+                f"eval loss {self.before.loss:.4f} → {self.after.loss:.4f} nats a token "
+                f"(change {change:+.4f} ± {se:.4f}, paired, {len(self.after.sums)} sequences)"
+            )
+        return "\n".join([*lines, f"run: {self.run_path}"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the model, as JSON types."""
+        payload: dict[str, Any] = {"steps": self.steps, "history": self.history, "run": str(self.run_path)}
+        if self.before is not None and self.after is not None:
+            change, se = self.after.against(self.before)
+            payload["eval"] = {"before": self.before.loss, "after": self.after.loss, "change": change, "se": se}
+        return payload
+
+    def __repr__(self) -> str:
+        return f"TrainingResults({self.summary()})"

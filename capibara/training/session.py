@@ -318,7 +318,8 @@ def activation_bytes_per_token(config: ModularConfig) -> int:
     """About what a training step keeps for the backward pass; with gradient checkpointing one block and the inputs."""
     model = config.model
     block = 12 * model.width + 4 * model.hidden_size + 3 * model.num_heads * config.data.sequence_length
-    kept = block + model.num_layers * model.width if config.training.gradient_checkpointing else model.num_layers * block
+    recomputes = config.training.gradient_checkpointing
+    kept = block + model.num_layers * model.width if recomputes else model.num_layers * block
     return 4 * (kept + 3 * min(model.vocab_size, 8192))
 
 

@@ -32,8 +32,8 @@ def with_gradient_checkpointing(model: Any) -> Any:
     """
     if not hasattr(model, "gradient_checkpointing"):
         raise ConfigError(
-            f"use_gradient_checkpointing needs a model with a `gradient_checkpointing` attribute; {type(model).__name__} "
-            "has none. Put jax.checkpoint around its blocks instead, and leave the option out."
+            "use_gradient_checkpointing needs a model with a `gradient_checkpointing` attribute; "
+            f"{type(model).__name__} has none. Put jax.checkpoint around its blocks instead, and leave the option out."
         )
     copy = nnx.merge(*nnx.split(model))
     copy.gradient_checkpointing = True

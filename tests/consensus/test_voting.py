@@ -10,7 +10,7 @@ from oracle import vote
 from rows import SIZES, Case, as_row, as_stack, cases
 
 from capibara.consensus import merging, voting
-from capibara.consensus.ballot import chain, open_ballot
+from capibara.consensus.ballot import Merge, chain, open_ballot
 from capibara.errors import ConfigError
 
 EVERY_SIZE = tuple((n, f) for n in range(4, 18) for f in range(1, (n - 1) // 3 + 1))
@@ -223,3 +223,12 @@ def test_the_vote_compiles_once_for_any_number_of_rows_that_count(compilations):
         compilations.clear()
         run(deltas, 2, weights=weights)
     assert compilations == []
+
+
+def test_a_merge_that_strays_is_drawn_back_to_within_tau_of_the_centre():
+    deltas = np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)
+    aggregator = chain(voting.byzantine_tolerant(2), merge=Merge("far", leaf=lambda rows: 100 * rows[0]))
+    delta, verdict, _ = aggregator.apply(open_ballot(as_stack(deltas), np.ones(7)), aggregator.init({}), None)
+    centre = verdict.centre @ deltas
+    assert verdict.leash < 0.1
+    assert length(as_row(delta) - centre) == pytest.approx(verdict.tau, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,25 +34,30 @@ def get_attack(spec: Any) -> Attack:
     """The attack that `name` or `name:strength` stands for; an `Attack` passes through.
 
     Raises:
-      ConfigError: For an unknown name, a strength that is no number, or one where none is taken.
+      ConfigError: For an unknown name, a strength that is no finite number, or one where none is taken.
     """
     if isinstance(spec, Attack):
         return spec
-    name, _, strength = str(spec).partition(":")
+    name, separator, strength = str(spec).partition(":")
     if name not in ATTACKS:
         raise ConfigError(unknown_name("attack", name, ATTACKS))
-    if not strength:
+    if not separator:
         return ATTACKS[name]()
     if name in WITHOUT_STRENGTH:
         raise ConfigError(f"The attack {name!r} takes no strength; got {spec!r}. Write {name!r}.")
     if name == "optimised":
-        if strength not in ("alie", "ipm"):
-            raise ConfigError(f"The attack 'optimised' takes 'alie' or 'ipm' as its strength; got {strength!r}.")
         return optimised(strength)
+    return ATTACKS[name](_number(name, strength))
+
+
+def _number(name: str, strength: str) -> float:
     try:
-        return ATTACKS[name](float(strength))
+        number = float(strength)
     except ValueError:
-        raise ConfigError(f"The strength of the attack {name!r} is a number; got {strength!r}, e.g. scale:-10.") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"The strength of the attack {name!r} is a number; got {strength!r}. Write e.g. '{name}:2'.")
+    return number
 
 
 __all__ = ["ATTACKS", "Attack", "AttackView", "get_attack"]

@@ -6,6 +6,7 @@ What it returns passes the same validation, gate and vote as anyone's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,8 @@ class Attack(NamedTuple):
 
     Attributes:
       name: With its strength, for records.
-      init: `(zero delta, hostile) -> state` of arrays, checkpointed; None for no state.
+      init: `(zero delta, hostile) -> state` of arrays, checkpointed; None where there is nothing to remember, and the
+        state is then ().
       forge: `(view, state, key) -> (stack, state)`: replaces the hostile rows; None where only data are touched.
       poison: `(batch, vocab_size) -> batch`: changes what the hostile nodes train on; None where rows are forged.
     """
@@ -59,20 +61,30 @@ def replace_rows(stack: PyTree, hostile: tuple[int, ...], rows: PyTree) -> PyTre
     return jax.tree.map(lambda leaf, row: leaf.at[where].set(row.astype(leaf.dtype)), stack, rows)
 
 
+def own_rows(view: AttackView) -> PyTree:
+    """What honest training gave the hostile nodes, leaves [len(hostile), ...]."""
+    where = np.array(view.hostile, np.int32)
+    return jax.tree.map(lambda leaf: leaf[where], view.stack)
+
+
 def honest_mean(view: AttackView) -> PyTree:
-    """The mean of the honest rows, leaf by leaf."""
-    weights = _weights(view)
-    return jax.tree.map(lambda leaf: jnp.einsum("n,n...->...", weights, leaf), view.stack)
+    """m, the mean of the honest rows, leaf by leaf in one pass; what the hostile rows hold does not matter."""
+    return _mean(view.stack, honest=view.honest)
 
 
-def honest_deviation(view: AttackView) -> PyTree:
-    """The coordinate-wise standard deviation (ddof 0) of the honest rows."""
-    weights, mean = _weights(view), honest_mean(view)
-    return jax.tree.map(
-        lambda leaf, m: jnp.sqrt(jnp.einsum("n,n...->...", weights, (leaf - m) ** 2)), view.stack, mean
-    )
+def honest_deviation(view: AttackView, mean: PyTree) -> PyTree:
+    """s, the coordinate-wise standard deviation (ddof 0) of the honest rows around `mean`, in one pass."""
+    return _deviation(view.stack, mean, honest=view.honest)
 
 
-def _weights(view: AttackView) -> jax.Array:
-    n = len(view.hostile) + len(view.honest)
-    return jnp.asarray(np.isin(np.arange(n), view.honest) / len(view.honest), jnp.float32)
+@partial(jax.jit, static_argnames="honest")
+def _mean(stack: PyTree, *, honest: tuple[int, ...]) -> PyTree:
+    return jax.tree.map(lambda leaf: sum(leaf[i] for i in honest) / np.float32(len(honest)), stack)
+
+
+@partial(jax.jit, static_argnames="honest")
+def _deviation(stack: PyTree, mean: PyTree, *, honest: tuple[int, ...]) -> PyTree:
+    def one(leaf: jax.Array, m: jax.Array) -> jax.Array:
+        return jnp.sqrt(sum((leaf[i] - m) ** 2 for i in honest) / np.float32(len(honest)))
+
+    return jax.tree.map(one, stack, mean)

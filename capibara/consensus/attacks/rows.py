@@ -1,7 +1,12 @@
-"""Attacks on what a node returns. m and s are the mean and the standard deviation of the honest rows."""
+"""Attacks on what a node returns. m and s are the mean and the standard deviation of the honest rows, by coordinate.
+
+Each says what it needs to know, what it beats, and what its strength means. Where a rule is said to be beaten, the
+measurement is in docs/protocol.md or the source.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
@@ -10,75 +15,141 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from capibara.consensus.attacks.base import Attack, AttackView, honest_deviation, honest_mean, replace_rows
+from capibara.consensus.attacks.base import Attack, AttackView, honest_deviation, honest_mean, own_rows, replace_rows
 from capibara.consensus.ballot import gram_matrix
+from capibara.errors import ConfigError
 from capibara.types import PyTree
 
 
 def sign_flip(strength: float = 1.0) -> Attack:
-    """Submits −strength · own delta: honest training, sent backwards. Needs nothing. Beats the median at f/n = .4."""
-    return _of_own("sign_flip", strength, lambda rows: jax.tree.map(lambda leaf: -strength * leaf, rows))
+    """Submits −strength · own delta: honest training, sent backwards (Allen-Zhu et al. 2021, sign flipping).
+
+    Needs: nothing but its own delta.
+    Beats: the median, and the trimmed mean at f/n = .4, on unequal data.
+    Strength: the factor; 1.
+    """
+    return _of_own("sign_flip", strength, lambda leaf: -np.float32(strength) * leaf)
 
 
 def scale(strength: float = 10.0) -> Attack:
-    """Submits strength · own delta; −10 is the gross liar of the demo. Needs nothing. Beats the mean."""
-    return _of_own("scale", strength, lambda rows: jax.tree.map(lambda leaf: strength * leaf, rows))
+    """Submits strength · own delta; −10 is the gross liar of `capibara demo`.
+
+    Needs: nothing but its own delta.
+    Beats: the mean.
+    Strength: the factor; 10.
+    """
+    return _of_own("scale", strength, lambda leaf: np.float32(strength) * leaf)
+
+
+def nan() -> Attack:
+    """Submits NaN everywhere.
+
+    Needs: nothing.
+    Beats: whatever does not look before it sums.
+    Strength: none.
+    """
+    return _of_own("nan", None, lambda leaf: jnp.full_like(leaf, jnp.nan))
 
 
 def gaussian(strength: float = 10.0) -> Attack:
-    """Submits noise of length strength · ‖m‖. Needs m. Beats the mean."""
+    """Submits noise of length strength · ‖m‖, drawn anew by every hostile node (Blanchard et al. 2017, the Gaussian
+    attack).
+
+    Needs: the length of m.
+    Beats: the mean.
+    Strength: the length in units of ‖m‖; 10.
+    """
 
     def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
-        length = strength * optax.global_norm(honest_mean(view))
-        leaves, structure = jax.tree.flatten(view.stack)
-        noise = [
-            jax.random.normal(k, (len(view.hostile), *leaf.shape[1:]))
-            for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
-        ]
-        norms = jnp.sqrt(sum(jnp.einsum("nd,nd->n", x.reshape(len(x), -1), x.reshape(len(x), -1)) for x in noise))
-        scaled = [x * (length / norms).reshape(-1, *[1] * (x.ndim - 1)) for x in noise]
-        return replace_rows(view.stack, view.hostile, jax.tree.unflatten(structure, scaled)), state
+        noise = _noise(honest_mean(view), np.float32(strength), jax.random.split(key, len(view.hostile)))
+        return replace_rows(view.stack, view.hostile, noise), state
 
     return Attack(_named("gaussian", strength), forge=forge)
 
 
 def alie(strength: float | None = None) -> Attack:
-    """Submits m − z·s, z = strength, or the largest shift that still looks ordinary (Baruch et al. 2019, Alg. 3).
+    """Submits m − z·s: a little is enough (Baruch et al. 2019, preventing convergence).
 
-    z = max(Φ⁻¹((n−f−h)/(n−f)), 0.3) with h = ⌊n/2⌋ + 1 − f. Needs m and s. Beats the mean and Krum.
+    With h = ⌊n/2⌋ + 1 − (hostile nodes) helpers needed for a majority, the largest shift that still looks ordinary is
+    z = Φ⁻¹((honest − h) / honest); at least 0.3, since on few nodes it would be 0.
+
+    Needs: m and s.
+    Beats: the mean and Krum, with its strength searched (`optimised`); weak at its own z.
+    Strength: z; the z above.
     """
 
     def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
         z = usual_shift(len(view.honest), len(view.hostile)) if strength is None else strength
-        return _shift_by_deviation(view, z), state
+        mean = honest_mean(view)
+        return shifted(view, mean, honest_deviation(view, mean), z), state
 
     return Attack(_named("alie", strength), forge=forge)
 
 
 def ipm(strength: float = 0.1) -> Attack:
-    """Submits −strength · m, the inner-product manipulation (Xie et al. 2020, §3). Needs m. Beats Krum and medians."""
+    """Submits −ε·m: the inner product of the merge with m shrinks or turns (Xie et al. 2020, fall of empires).
+
+    Needs: m.
+    Beats: Krum and the geometric median; with ε searched the strongest on most robust rules.
+    Strength: ε; 0.1.
+    """
 
     def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
-        return _against_mean(view, strength), state
+        return reversed_mean(view, honest_mean(view), strength), state
 
     return Attack(_named("ipm", strength), forge=forge)
 
 
-def mimic(strength: float | None = None) -> Attack:
-    """All submit the delta of one honest node, number `strength` of the honest (0): Karimireddy et al. 2022, §3.
+def min_max(strength: float | None = None) -> Attack:
+    """Submits m − γ·s, γ as large as hides it (Shejwalkar & Houmansadr 2021, Min-Max with perturbation −s).
 
-    Over-represents one node's data. Needs one honest delta. Beats rules that trust agreement.
+    The largest γ at which no honest row is further away than the two honest rows furthest from each other, in closed
+    form from the Gram matrix, where the paper halves intervals.
+
+    Needs: all honest deltas.
+    Beats: rules that judge by distance: Krum, multi-Krum, Bulyan.
+    Strength: γ itself; the γ above.
     """
 
     def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
-        chosen = view.honest[int(strength or 0) % len(view.honest)]
+        mean = honest_mean(view)
+        deviation = honest_deviation(view, mean)
+        return shifted(view, mean, deviation, _largest_shift(view, mean, deviation, strength)), state
+
+    return Attack(_named("min_max", strength), forge=forge)
+
+
+def mimic(strength: float = 0) -> Attack:
+    """All submit, to the bit, the delta of the same honest node (Karimireddy et al. 2022, mimic).
+
+    That node's data then count 1 + (hostile nodes) times.
+
+    Needs: one honest delta.
+    Beats: rules that trust agreement, a little, on unequal data.
+    Strength: which of the honest nodes, counted from 0 and modulo their number; 0.
+
+    Raises:
+      ConfigError: If the strength is no whole number.
+    """
+    if strength != int(strength):
+        raise ConfigError(f"The strength of the attack 'mimic' counts honest nodes; got {strength:g}. Write mimic:0.")
+
+    def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
+        chosen = view.honest[int(strength) % len(view.honest)]
         return replace_rows(view.stack, view.hostile, jax.tree.map(lambda leaf: leaf[chosen], view.stack)), state
 
     return Attack(_named("mimic", strength), forge=forge)
 
 
-def copy(strength: float | None = None) -> Attack:
-    """Each submits, to the bit, the delta of an honest node of its own: a free rider. Needs the honest deltas."""
+def copy() -> Attack:
+    """Each submits, to the bit, the delta of an honest node of its own: a free rider.
+
+    The k-th hostile node copies the k-th honest one, modulo their number, so that digests repeat within a round.
+
+    Needs: the honest deltas.
+    Beats: nothing; it does no work and is recorded under `duplicates`.
+    Strength: none.
+    """
 
     def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
         chosen = np.array([view.honest[k % len(view.honest)] for k in range(len(view.hostile))])
@@ -87,79 +158,79 @@ def copy(strength: float | None = None) -> Attack:
     return Attack("copy", forge=forge)
 
 
-def nan(strength: float | None = None) -> Attack:
-    """Submits NaN everywhere. Needs nothing. Beats every rule that does not check."""
-    return _of_own("nan", None, lambda rows: jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), rows))
+def stale() -> Attack:
+    """Trains once and submits its own first delta in every later round: a free rider whose digest repeats.
 
-
-def stale(strength: float | None = None) -> Attack:
-    """Trains once and submits its first delta in every later round: a free rider. Needs nothing."""
+    Needs: nothing but its own delta.
+    Beats: whatever does not remember digests; a repeated one has the reason `stale`.
+    Strength: none.
+    """
 
     def init(zeros: PyTree, hostile: tuple[int, ...]) -> PyTree:
         rows = jax.tree.map(lambda leaf: jnp.zeros((len(hostile), *leaf.shape), leaf.dtype), zeros)
         return {"first": rows, "seen": jnp.zeros((), jnp.int32)}
 
     def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
-        own = jax.tree.map(lambda leaf: leaf[np.array(view.hostile)], view.stack)
-        rows = jax.tree.map(lambda old, new: jnp.where(state["seen"] > 0, old, new), state["first"], own)
+        first = state["seen"] == 0
+        rows = jax.tree.map(lambda old, new: jnp.where(first, new, old), state["first"], own_rows(view))
         return replace_rows(view.stack, view.hostile, rows), {"first": rows, "seen": state["seen"] + 1}
 
     return Attack("stale", init=init, forge=forge)
 
 
-def min_max(strength: float | None = None) -> Attack:
-    """Submits m − γ·s with the largest γ (or strength) at which its farthest honest row is no farther than two honest
-    rows are from each other (Shejwalkar & Houmansadr 2021, §IV-B.2). Needs all honest deltas. Beats distance rules."""
-
-    def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
-        return _shift_by_deviation(view, _largest_shift(view) if strength is None else strength), state
-
-    return Attack(_named("min_max", strength), forge=forge)
-
-
 def usual_shift(num_honest: int, num_hostile: int) -> float:
     """ALIE's z for n = honest + hostile nodes; at least 0.3."""
-    n = num_honest + num_hostile
-    helpers = n // 2 + 1 - num_hostile
+    helpers = (num_honest + num_hostile) // 2 + 1 - num_hostile
     share = (num_honest - helpers) / num_honest
-    return max(NormalDist().inv_cdf(share) if 0 < share < 1 else 0.3, 0.3)
+    return max(NormalDist().inv_cdf(share), 0.3) if 0 < share < 1 else 0.3
 
 
-def _shift_by_deviation(view: AttackView, z: float) -> PyTree:
-    row = jax.tree.map(lambda m, s: m - np.float32(z) * s, honest_mean(view), honest_deviation(view))
+def shifted(view: AttackView, mean: PyTree, deviation: PyTree, z: float) -> PyTree:
+    """The stack whose hostile rows are m − z·s."""
+    row = jax.tree.map(lambda m, s: m - np.float32(z) * s, mean, deviation)
     return replace_rows(view.stack, view.hostile, row)
 
 
-def _against_mean(view: AttackView, strength: float) -> PyTree:
-    return replace_rows(
-        view.stack, view.hostile, jax.tree.map(lambda m: -np.float32(strength) * m, honest_mean(view))
-    )
+def reversed_mean(view: AttackView, mean: PyTree, strength: float) -> PyTree:
+    """The stack whose hostile rows are −strength · m."""
+    return replace_rows(view.stack, view.hostile, jax.tree.map(lambda m: -np.float32(strength) * m, mean))
 
 
-def _largest_shift(view: AttackView) -> float:
-    """γ in closed form: every honest row i gives a quadratic ‖m − Δᵢ‖² − 2γ⟨m − Δᵢ, s⟩ + γ²‖s‖² ≤ D²."""
-    mean, deviation = honest_mean(view), honest_deviation(view)
-    honest = np.array(view.honest)
+def _largest_shift(view: AttackView, mean: PyTree, deviation: PyTree, strength: float | None) -> float:
+    """γ: every honest row i asks for ‖m − Δᵢ‖² − 2γ⟨m − Δᵢ, s⟩ + γ²‖s‖² ≤ D², D the honest diameter."""
+    if strength is not None:
+        return strength
+    h, honest = len(view.honest), np.array(view.honest)
     rows = jax.tree.map(
         lambda leaf, m, s: jnp.concatenate([leaf[honest], m[None], s[None]]), view.stack, mean, deviation
     )
-    gram = gram_matrix(rows, np.ones(len(honest) + 2))
-    h = len(honest)
-    squared = np.diagonal(gram)[:h, None] + np.diagonal(gram)[None, :h] - 2 * gram[:h, :h]
-    most = squared.max()
-    a = gram[h + 1, h + 1]
+    gram = gram_matrix(rows, np.ones(h + 2))
+    squares = np.diagonal(gram)
+    widest = (squares[:h, None] + squares[None, :h] - 2 * gram[:h, :h]).max()
+    a = squares[h + 1]
     if a == 0:
         return 0.0
     b = -2 * (gram[h, h + 1] - gram[:h, h + 1])
-    c = gram[h, h] - 2 * gram[:h, h] + np.diagonal(gram)[:h] - most
-    roots = (-b + np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))) / (2 * a)
-    return float(max(roots.min(), 0.0))
+    c = squares[h] - 2 * gram[:h, h] + squares[:h] - widest
+    largest = (-b + np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))) / (2 * a)
+    return float(max(largest.min(), 0.0))
 
 
-def _of_own(name: str, strength: float | None, change: Any) -> Attack:
+@jax.jit
+def _noise(mean: PyTree, strength: jax.Array, keys: jax.Array) -> PyTree:
+    """One row per key, as long as strength · mean."""
+    length = jnp.abs(strength) * optax.global_norm(mean)
+
+    def row(key: jax.Array) -> PyTree:
+        drawn = optax.tree.random_like(key, mean)
+        return jax.tree.map(lambda leaf: leaf * (length / optax.global_norm(drawn)), drawn)
+
+    return jax.lax.map(row, keys)
+
+
+def _of_own(name: str, strength: float | None, change: Callable[[jax.Array], jax.Array]) -> Attack:
     def forge(view: AttackView, state: PyTree, key: Any) -> tuple[PyTree, PyTree]:
-        own = jax.tree.map(lambda leaf: leaf[np.array(view.hostile)], view.stack)
-        return replace_rows(view.stack, view.hostile, change(own)), state
+        return replace_rows(view.stack, view.hostile, jax.tree.map(change, own_rows(view))), state
 
     return Attack(_named(name, strength), forge=forge)
 

@@ -1,0 +1,211 @@
+"""How good is the vote? Real text, 8 nodes, 2 liars, every attack against every rule; hours on two cores, resumable.
+
+    python benchmarks/quality.py            # goes on where it stopped; one JSON line a run in benchmarks/quality.jsonl
+    python benchmarks/quality.py --table    # writes docs/quality.md from what is there
+
+Every run is a consensus run without a disk: the same `run_round`, the same seeds and batches, judged on the test split.
+Losses are compared sequence by sequence with the n − f honest nodes alone (same seed), with the paired standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "quality.jsonl"
+SUMS = HERE / ".quality"
+ROUNDS, STEPS, NODES, FAULTY = 20, 20, 8, 2
+TEST_SEQUENCES = 512
+ATTACKS = (
+    "optimised", "alie", "ipm", "min_max", "label_flip", "sign_flip", "scale:-10", "mimic", "gaussian", "copy",
+    "stale", "nan",
+)  # fmt: skip
+RULES: dict[str, dict[str, Any]] = {
+    "vote": {},
+    "vote, own rows": {"merge_rows": "own"},
+    "mean": {"voting_strategy": "majority"},
+    "trimmed mean": {"voting_strategy": "trimmed_mean"},
+    "multi-Krum": {"voting_strategy": "multi_krum"},
+}
+REFERENCE = "6 honest nodes alone"
+WORST = 3
+
+
+class Cell(NamedTuple):
+    """One run of the table."""
+
+    row: str
+    rule: str
+    attack: str | None = None
+    seed: int = 0
+    nodes: int = NODES
+    split: str = "by_field"
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}|{self.rule}|{self.attack}|{self.seed}"
+
+
+def cells(done: dict[str, dict[str, Any]]) -> Iterator[Cell]:
+    """All runs in order of importance; the worst attacks are known only once the first seed is complete."""
+    honest = f"{NODES} honest nodes"
+
+    def of_seed(seed: int) -> Iterator[Cell]:
+        yield Cell(REFERENCE, "mean", seed=seed, nodes=NODES - FAULTY)
+        yield from (Cell(honest, rule, seed=seed) for rule in RULES)
+        yield Cell("one node, the same tokens", "mean", seed=seed, nodes=1)
+        yield from (Cell(f"{honest}, iid", rule, seed=seed, split="iid") for rule in ("vote", "mean"))
+
+    yield from of_seed(0)
+    for rule in ("vote", "vote, own rows", "trimmed mean", "multi-Krum", "mean"):
+        yield from (Cell(f"{FAULTY} liars", rule, attack) for attack in ATTACKS)
+    yield Cell(f"{honest}, inner state reset", "vote", changes=(("inner_state", "reset"),))
+    liars = [entry for entry in done.values() if entry["row"] == f"{FAULTY} liars" and entry["rule"] == "vote"]
+    worst = [e["attack"] for e in sorted(liars, key=lambda e: -e["loss"]) if e["seed"] == 0][:WORST]
+    for seed in (1, 2):
+        yield from of_seed(seed)
+        for attack in worst:
+            yield from (Cell(f"{FAULTY} liars", rule, attack, seed) for rule in ("vote", "vote, own rows"))
+    yield Cell("2 liars, inner state reset", "vote", worst[0] if worst else "optimised", changes=(("inner_state", "reset"),))
+
+
+class Bench:
+    """Data, model and compiled programs, shared by all runs of a seed."""
+
+    def __init__(self) -> None:
+        from capibara.core.config import ModularConfig
+        from capibara.core.model import ModularCapibaraModel
+        from capibara.core.tokenizer import byte_tokenizer
+
+        self.config = ModularConfig.preset("small").replace(
+            model={"width": 200, "num_layers": 2, "num_heads": 4},
+            data={"sequence_length": 64},
+            training={"batch_size": 2, "learning_rate": 2e-3, "warmup_steps": 40},
+            consensus={"local_steps": STEPS},
+        )
+        self.tokenizer = byte_tokenizer()
+        self.model = ModularCapibaraModel(self.config)
+        self.plans: dict[Any, Any] = {}
+
+    def plan(self, cell: Cell) -> Any:
+        """The cell's plan; objective and strategy are shared, so that programs are compiled once a shape."""
+        from capibara.consensus.config import ConsensusConfig
+        from capibara.core.model import objective
+        from capibara.data.batches import open_source
+        from capibara.training import vocabulary
+        from capibara.training.session import build_plan
+
+        single = cell.nodes == 1
+        shared = (cell.split, cell.seed, single)
+        if shared not in self.plans:
+            source = open_source(
+                self.config.data, num_nodes=1 if single else NODES, split="iid" if single else cell.split,
+                seed=cell.seed, cache=SUMS / "data", tokenizer=self.tokenizer,
+            )  # fmt: skip
+            consensus = {"num_nodes": 1, "local_steps": STEPS * NODES, "consensus_threshold": None} if single else {}
+            base = self.config.replace(consensus={"seed": cell.seed, **consensus})
+            losses = self.plans.setdefault("objective", objective(self.model))
+            plan = build_plan(base, losses, source, ROUNDS)
+            same = self.plans.setdefault(("strategy", single), plan.strategies)
+            self.plans[shared] = plan._replace(strategies=same)
+        plan = self.plans[shared]
+        if single:
+            return plan
+        threshold = 0.75 if cell.nodes == NODES else 1.0
+        values = {name: getattr(plan.config, name) for name in type(plan.config).model_fields}
+        values |= {"num_nodes": cell.nodes, "consensus_threshold": threshold, "attack": cell.attack}
+        config = ConsensusConfig(**{**values, **RULES[cell.rule], **dict(cell.changes)})
+        return plan._replace(
+            config=config, aggregator=vocabulary.aggregator(config), attack=vocabulary.attack(config)
+        )
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Trains one cell and judges it."""
+        import numpy as np
+
+        from capibara.consensus.gates import sequence_sums
+        from capibara.core.model import ModularCapibaraModel, parameters
+        from capibara.round import first_state, run_round
+
+        began = time.monotonic()
+        plan = self.plan(cell)
+        params = parameters(ModularCapibaraModel(self.config, seed=cell.seed))
+        state = first_state(plan, params)
+        outcomes, accused, caught, seen = [], 0, 0, {}
+        honest = [i for i in range(cell.nodes) if i not in plan.hostile]
+        while state.round < ROUNDS:
+            before = state.round
+            state, record = run_round(plan, state, first_draw=len(outcomes), past_digests=seen)
+            reasons = [node["reason"] for node in record.line["nodes"]]
+            for node in record.line["nodes"]:
+                seen.setdefault(node["id"], {})[node["digest"]] = before
+            outcomes.append(record.line["outcome"])
+            accused += sum(reasons[i] != "backed" for i in honest)
+            caught += sum(reasons[i] != "backed" for i in plan.hostile)
+            if outcomes.count("no_quorum") >= 3 or outcomes[-5:] == ["refused"] * 5:
+                break
+        batch = plan.source.held_out("test", round=0, draw=0, count=TEST_SEQUENCES)
+        sums, tokens = sequence_sums(plan.objective, state.params, batch)
+        SUMS.mkdir(exist_ok=True)
+        np.savez(SUMS / f"{cell.name.replace('|', '_').replace(':', '')}.npz", sums=sums, tokens=tokens)
+        rounds = max(len(outcomes), 1)
+        return {
+            "row": cell.row, "rule": cell.rule, "attack": cell.attack, "seed": cell.seed,
+            "loss": float(sums.sum() / tokens.sum()), **against_reference(cell, sums, tokens),
+            "rounds": state.round, "outcomes": {o: outcomes.count(o) for o in set(outcomes)},
+            "honest_accused": accused / (rounds * len(honest)),
+            "liars_caught": caught / (rounds * len(plan.hostile)) if plan.hostile else None,
+            "parameters": self.model.num_parameters, "seconds": round(time.monotonic() - began),
+        }  # fmt: skip
+
+
+def against_reference(cell: Cell, sums: Any, tokens: Any) -> dict[str, float | None]:
+    """Paired difference to the n − f honest nodes alone, nats a token, with its standard error."""
+    import numpy as np
+
+    from capibara.consensus.gates import paired
+
+    path = SUMS / f"{REFERENCE}_mean_None_{cell.seed}.npz"
+    if not path.exists():
+        return {"difference": None, "se": None}
+    mean, se = paired((sums - np.load(path)["sums"])[None], tokens)
+    return {"difference": float(mean[0]), "se": float(se[0])}
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Finished runs by name."""
+    if not RESULTS.exists():
+        return {}
+    entries = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return {f"{e['row']}|{e['rule']}|{e['attack']}|{e['seed']}": e for e in entries}
+
+
+def main() -> None:
+    """Runs what is missing, or writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="write docs/quality.md from the finished runs")
+    if parser.parse_args().table:
+        from quality_table import write
+
+        write(list(results().values()))
+        return
+    from capibara.runtime import prepare_process
+
+    prepare_process()
+    bench, done = Bench(), results()
+    while (cell := next((c for c in cells(done) if c.name not in done), None)) is not None:
+        entry = bench.run(cell)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        done[cell.name] = entry
+        print(json.dumps(entry), flush=True)
+
+
+if __name__ == "__main__":
+    main()
