@@ -98,7 +98,7 @@ def tensors_to_bytes(tensors: Mapping[str, Any]) -> bytes:
     """A safetensors file of named arrays (any numeric type, bfloat16 included)."""
     from safetensors.numpy import save
 
-    return save({name: np.ascontiguousarray(_numpy(value)) for name, value in tensors.items()})
+    return save({name: _numpy(value) for name, value in tensors.items()})
 
 
 def read_tensors(path: Path, *, digest: str | None = None, name: str | None = None) -> dict[str, np.ndarray]:
@@ -131,4 +131,4 @@ def read_tensors(path: Path, *, digest: str | None = None, name: str | None = No
 
 def _numpy(value: Any) -> np.ndarray:
     array = np.asarray(value)
-    return array.reshape(array.shape)
+    return np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray alone makes a scalar one-dimensional

@@ -113,7 +113,7 @@ def fit(
         if info.skipped_in_a_row >= max_skipped:
             raise RunError(
                 f"{info.skipped_in_a_row} steps in a row up to step {info.step} had a loss or gradient that is not "
-                f"{info.skipped_in_a_row} steps in a row up to step {info.step} had a loss or gradient that is not "
+                "finite; the parameters are those before the first of them. Lower the learning rate, check the data."
             )
         try:
             for callback in callbacks:

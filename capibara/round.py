@@ -108,11 +108,13 @@ class RoundRecord(NamedTuple):
     Attributes:
       line: The certificate line without `previous` and `hash`, `timing` and `environment` included.
       stack: The deltas as they entered validation, leaves [n, ...].
+      delta: The merged delta; None where there was no quorum.
       losses: float32[n, H] training losses.
     """
 
     line: dict[str, Any]
     stack: PyTree
+    delta: PyTree | None
     losses: np.ndarray
 
 
@@ -218,7 +220,7 @@ def run_round(
     else:
         next_state = _decide(plan, state, attempt, draw, line, watch)
     line["timing"] = {"phases_s": watch.seconds, "node_s": [number(s) for s in held.seconds]}
-    return next_state, RoundRecord(line, attempt.returned.stack, held.losses)
+    return next_state, RoundRecord(line, attempt.returned.stack, attempt.delta, held.losses)
 
 
 def quorum_error(line: Mapping[str, Any]) -> QuorumError:

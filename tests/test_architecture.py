@@ -121,7 +121,7 @@ def test_imports_go_one_way():
         if not name:
             continue
         for line, other in imported(tree):
-            same_package = "." in name and name.split(".")[0] == other.split(".")[0] and layer(other) <= layer(name)
+            same_package = name.split(".")[0] == other.split(".")[0] and layer(other) <= layer(name)
             if other and not same_package and layer(other) >= layer(name):
                 wrong.append(f"{where(name, line)} imports capibara.{other}")
     assert not wrong, "\n".join(wrong)

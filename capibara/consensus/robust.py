@@ -99,43 +99,34 @@ def bulyan_merge(f: int) -> Merge:
     return Merge("bulyan", leaf=lambda rows: networks.mean_around_median(rows, max(rows.shape[0] - 2 * f, 1)))
 
 
-def trimmed_mean(f: int) -> Rule:
-    """The rule beside `merging.trimmed_mean(f)`, which is the vote: checks m ≥ 2f+1, all rows back; Yin et al. 2018.
+def coordinates(name: str, f: int) -> Rule:
+    """The rule beside a coordinate-wise merge (`trimmed_mean`, `median`): checks m ≥ 2f+1, all rows back.
 
-    Tolerates: f of m ≥ 2f+1 rows.
+    Tolerates: what the merge does, f of m ≥ 2f+1 rows.
     Cost: nothing beyond the merge.
     Fails when: data are unequal and the attack follows the honest spread (ALIE).
     """
-    return _coordinates("trimmed_mean", f)
-
-
-def median(f: int) -> Rule:
-    """The rule beside `merging.median()`, which is the vote: checks m ≥ 2f+1, all rows back; Yin et al. 2018.
-
-    Tolerates: f of m ≥ 2f+1 rows.
-    Cost: nothing beyond the merge.
-    Fails when: data are unequal: what only a minority learns in a coordinate is lost.
-    """
-    return _coordinates("median", f)
-
-
-def krum_scores(gram: np.ndarray, keep: np.ndarray, f: int) -> np.ndarray:
-    """float64[n]: sum of squared distances to the m−f−2 nearest other kept rows (at least one); inf outside `keep`."""
-    squared = np.diagonal(gram)[:, None] + np.diagonal(gram)[None, :] - 2 * gram
-    squared = np.where(keep[None, :], np.maximum(squared, 0.0), np.inf)
-    np.fill_diagonal(squared, np.inf)
-    count = max(int(keep.sum()) - f - 2, 1)
-    scores = np.sort(squared, axis=1)[:, :count].sum(axis=1)
-    return np.where(keep, scores, np.inf)
-
-
-def _coordinates(name: str, f: int) -> Rule:
     _check(f)
 
     def apply(ballot: Ballot, state: PyTree, key: Any) -> tuple[Ballot, PyTree, dict[str, Any]]:
         return ballot, state, {"backing": _enough(name, ballot, f, 2 * f + 1)}
 
     return Rule(name, lambda params: (), apply, 2 * f + 1)
+
+
+def krum_scores(gram: np.ndarray, keep: np.ndarray, f: int) -> np.ndarray:
+    """float64[n]: sum of squared distances to the m−f−2 nearest other kept rows (at least one); inf outside `keep`.
+
+    Two rows that are each other's nearest tie exactly when one neighbour counts, as in the last picks of Bulyan. A
+    billionth of the distances to all kept rows is added, so that the order of the nodes does not decide.
+    """
+    squared = np.diagonal(gram)[:, None] + np.diagonal(gram)[None, :] - 2 * gram
+    squared = np.where(keep[None, :], np.maximum(squared, 0.0), np.inf)
+    np.fill_diagonal(squared, np.inf)
+    count = max(int(keep.sum()) - f - 2, 1)
+    scores = np.sort(squared, axis=1)[:, :count].sum(axis=1)
+    everything = np.where(np.isfinite(squared), squared, 0.0).sum(axis=1)
+    return np.where(keep, scores + 1e-9 * everything, np.inf)
 
 
 def _weighing(

@@ -54,7 +54,10 @@ def text_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     if not found:
         names = ", ".join(map(str, given))
         raise DataError(f"{names} holds no text: no file ends in {', '.join(SUFFIXES)}. Put your text there.")
-    return list({file.resolve(): file for file in reversed(found)}.values())[::-1]
+    once: dict[Path, Path] = {}
+    for file in found:
+        once.setdefault(file.resolve(), file)
+    return list(once.values())
 
 
 def read_documents(paths: str | Path | Iterable[str | Path]) -> Iterator[Document]:

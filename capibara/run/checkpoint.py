@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from blake3 import blake3
 
-from capibara.consensus.certificate import digest_tree
+from capibara.consensus.certificate import GENESIS, digest_tree
 from capibara.errors import CertificateError, RunError
 from capibara.files import read_tensors, tensors_to_bytes
 from capibara.run.directory import Run
@@ -122,6 +122,8 @@ def newest_intact(run: Run) -> Found:
     for folder in reversed(checkpoints(run.path)):
         try:
             sections, meta = load_checkpoint(folder)
+            if meta["head"] not in ({line["hash"] for line in run.lines} or {GENESIS}):
+                raise CertificateError(f"{_short(folder)} belongs to another run.")
         except CertificateError as error:
             notes.append(f"{error} Going back to the checkpoint before it.")
             continue

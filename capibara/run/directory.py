@@ -135,14 +135,13 @@ class Run:
 
     def _discard_unlisted(self) -> None:
         """Removes checkpoints and deltas of rounds whose line was never appended, and temporary files."""
-        hashes = {line["hash"] for line in self.lines}
+        done = {line["round"] for line in self.lines if line["outcome"] != "no_quorum"}
         for folder in sorted((self.path / "checkpoints").glob("*")):
             if folder.name.startswith("."):
                 self.files.remove(folder)
-            elif not _is_listed(folder, hashes):
+            elif _step(folder) > len(done) and not _is_listed(folder, {line["hash"] for line in self.lines}):
                 self.files.remove(folder)
                 self.notes.append(f"checkpoints/{folder.name} belonged to a round that was not committed; removed.")
-        done = {line["round"] for line in self.lines if line["outcome"] != "no_quorum"}
         for file in sorted((self.path / "deltas").glob("*")):
             number = file.stem.removeprefix("round-")
             if file.name.startswith(".") or not (number.isdigit() and int(number) in done):
@@ -182,6 +181,11 @@ def check_format(path: Path) -> None:
         raise RunError(
             f"{path} has format_version {version}; this capibara knows up to {FORMAT_VERSION}. Update capibara."
         )
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else 0
 
 
 def _is_listed(folder: Path, hashes: set[str]) -> bool:

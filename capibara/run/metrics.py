@@ -9,25 +9,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 class MetricsWriter:
     """Appends measurements; every line is flushed, so that a killed run loses none that was written.
 
     Args:
-      path: The file.
+      path: The file; where a killed run left a torn last line, the next one begins on a line of its own.
       clock: Seconds since the epoch, for `time`.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time):
         self.path, self.clock = path, clock
-        torn = path.exists() and not path.read_bytes().endswith((b"", b"\n")[path.stat().st_size > 0 :])
-        self._file = open(path, "a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")  # or the next line would be lost with the torn one
+        self._file = open(path, "a+b")
+        if _is_torn(self._file):
+            self._file.write(b"\n")
 
     def write(self, **values: Any) -> None:
         """Appends one object with the time and the values given."""
-        self._file.write(json.dumps(_plain({"time": self.clock(), **values})) + "\n")
+        self._file.write(json.dumps(_plain({"time": self.clock(), **values})).encode() + b"\n")
         self._file.flush()
 
     def __enter__(self) -> MetricsWriter:
@@ -38,20 +39,31 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a metrics file; a torn last line is left out, and no file is no lines."""
+    """The objects of a metrics file; a torn line is left out, and no file is no lines."""
     if not path.exists():
         return
-    for raw in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            continue
-        yield {key: _number(value) for key, value in line.items()}
+    with open(path, "rb") as file:
+        for raw in file:
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                yield _numbers(line)
+
+
+def _is_torn(file: Any) -> bool:
+    if not file.seek(0, 2):
+        return False
+    file.seek(-1, 2)
+    return file.read(1) != b"\n"
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -59,5 +71,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _number(value: Any) -> Any:
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
     return float(value) if value in ("nan", "inf", "-inf") else value

@@ -1,7 +1,5 @@
 """Round after round in a run directory: train, commit, and go on where a run stopped.
 
-    kept deltas → checkpoint → certificate line (the commit point) → prune
-
 A checkpoint without its line is discarded on resume. Where the newest intact checkpoint is older than the last line,
 the rounds between are run again and must reproduce their lines.
 """
@@ -18,7 +16,8 @@ import jax.numpy as jnp
 from capibara.consensus.certificate import line_hash, seal
 from capibara.errors import RunError
 from capibara.round import RoundPlan, RoundRecord, RoundState, first_state, quorum_error, run_round
-from capibara.run.checkpoint import newest_intact, prune, save_checkpoint, save_deltas
+from capibara.run.checkpoint import newest_intact, save_checkpoint
+from capibara.run.commit import RoundOnDisk, commit
 from capibara.run.directory import Run
 from capibara.tree import from_named_leaves, named_leaves
 from capibara.types import PyTree
@@ -78,7 +77,9 @@ def rounds(
             on_note(f"Round {done['round']} was run again from an older checkpoint and reproduced its certificate.")
             yield RoundEvent(state, record, done, repeated=True)
             continue
-        line = commit(plan, run, state, record, environment or {})
+        done_now = on_disk(plan, state, record, run.head, environment or {})
+        commit(run, done_now, plan.config.keep_checkpoints)
+        line = done_now.line
         if line["outcome"] == "no_quorum":
             raise quorum_error(line)
         yield RoundEvent(state, record, line, repeated=False)
@@ -91,27 +92,30 @@ def rounds(
             )
 
 
-def commit(
-    plan: RoundPlan, run: Run, state: RoundState, record: RoundRecord, environment: dict[str, Any]
-) -> dict[str, Any]:
-    """Puts a round on disk; the certificate line is appended last and is what makes the round count."""
-    line = seal(record.line | {"environment": environment}, run.head)
-    config = plan.config
-    if line["outcome"] != "no_quorum":
-        if config.keep_deltas:
-            save_deltas(run, line["round"], named_leaves(record.stack), named_leaves(state.merged))
-        if state.round % config.checkpoint_every == 0:
-            checkpoint(run, state, line["hash"])
-    run.append(line)
-    prune(run, config.keep_checkpoints)
-    return line
+def on_disk(
+    plan: RoundPlan, state: RoundState, record: RoundRecord, previous: str, environment: dict[str, Any]
+) -> RoundOnDisk:
+    """What a finished round puts on disk: the sealed line, and what the configuration wants kept."""
+    line, config = seal(record.line | {"environment": environment}, previous), plan.config
+    finished = line["outcome"] != "no_quorum"
+    return RoundOnDisk(
+        line,
+        state.round,
+        sections_of(state) if finished and state.round % config.checkpoint_every == 0 else None,
+        {name: getattr(state, name) for name in NUMBERS},
+        named_leaves(record.stack) if finished and config.keep_deltas else None,
+        named_leaves(record.delta if record.delta is not None else ()),
+    )
+
+
+def sections_of(state: RoundState) -> dict[str, dict[str, Any]]:
+    """The trees of a state as named arrays."""
+    return {name: named_leaves(getattr(state, name)) for name in TREES}
 
 
 def checkpoint(run: Run, state: RoundState, head: str) -> None:
     """Writes `state` as the checkpoint that belongs to the line with hash `head`."""
-    sections = {name: named_leaves(getattr(state, name)) for name in TREES}
-    numbers = {name: getattr(state, name) for name in NUMBERS}
-    save_checkpoint(run, state.round, sections, {"head": head, **numbers})
+    save_checkpoint(run, state.round, sections_of(state), {"head": head, **{n: getattr(state, n) for n in NUMBERS}})
 
 
 def resume_state(

@@ -85,7 +85,7 @@ def plain(
 
     def step(state: TrainState, batch: Batch, key: Any) -> tuple[TrainState, dict[str, Any]]:
         loss, grads = gradients(state.params, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.inner.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -36,6 +36,9 @@ from capibara.training.results import ConsensusResults, Judgement
 from capibara.tree import num_bytes
 from capibara.types import Objective, Source
 
+SOLO = "solo.json"
+"""The file that tells a run of `UnifiedTrainer` (`capibara.training.solo`) from one of a consensus."""
+
 
 class Session:
     """One consensus run and everything it is made of; see `open_session` and `reopen_session`.
@@ -206,8 +209,13 @@ def reopen_session(path: Path, *, config: ModularConfig | None = None, **parts: 
       **parts: `model`, `source` and `loss`, where the run was started with them.
 
     Raises:
-      RunError: If it is no run directory, or in use.
+      RunError: If it is no run directory of a consensus, or in use.
     """
+    if (Path(path) / SOLO).is_file():
+        raise RunError(
+            f"{path} holds one model of UnifiedTrainer, not a consensus. To go on, call its train(…) again with "
+            f"checkpoint_dir='{path}'."
+        )
     run = Run.open(path)
     try:
         return Session(config or ModularConfig.from_toml(run.path / "config.toml"), run, **parts)

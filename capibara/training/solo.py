@@ -35,12 +35,11 @@ from capibara.run.resources import estimate, refuse_if_impossible
 from capibara.strategies.plain import average
 from capibara.training import vocabulary
 from capibara.training.results import Judgement, TrainingResults
-from capibara.training.session import activation_bytes_per_token
+from capibara.training.session import SOLO, activation_bytes_per_token
 from capibara.training.solo_parts import SoloParts, open_parts
 from capibara.tree import from_named_leaves, named_leaves, num_bytes
 from capibara.types import Batch, TrainState
 
-KIND = "solo.json"
 KEEP_CHECKPOINTS = 3
 LONGEST_WITHOUT_CHECKPOINT = 500
 
@@ -96,7 +95,7 @@ def train_solo(
         raise RunError(f"{folder} holds no run to resume. Start one with resume='auto', or name its checkpoint_dir.")
     with Run.open(folder) if found else Run.create(folder, "") as run:
         begun = bool((folder / "config.toml").read_bytes())
-        if begun and not (folder / KIND).is_file():
+        if begun and not (folder / SOLO).is_file():
             raise RunError(f"{folder} holds a consensus run: `capibara resume {folder}`. Name another checkpoint_dir.")
         parts = open_parts(config, run, train_data, eval_data, model=model, loss=loss)
         with TrainingLog(run.path / "logs" / "training.log", parts.num_steps, echo=echo) as log:
@@ -162,7 +161,7 @@ def _train(
     after = judged.get(steps) or parts.judge(params)
     results = TrainingResults(parts.model, steps, history, run.path, before, after)
     if steps > began:
-        log.note(results.summary().replace("\n", "; "))
+        log.note(" ".join(results.summary().splitlines()))
     return results
 
 
@@ -180,7 +179,7 @@ def _begin(parts: SoloParts, run: Run, log: TrainingLog) -> tuple[TrainState, Ju
     state, before = parts.strategy.init(params), parts.judge(params)
     _save(parts, run, state, before)
     about = {"trainer": "UnifiedTrainer", "data_digest": parts.source.digest}
-    run.files.write_atomic(run.path / KIND, json.dumps(about).encode() + b"\n")
+    run.files.write_atomic(run.path / SOLO, json.dumps(about).encode() + b"\n")
     run.files.write_atomic(run.path / "config.toml", parts.config.to_toml().encode())
     if before is not None:
         log.note(f"eval loss at the start {before.loss:.4f} nats a token, {len(before.sums)} sequences")
@@ -233,7 +232,7 @@ def _must_be_the_same(run: Run, parts: SoloParts) -> None:
                     f"{run.path} was started with {section}.{name} = {old.get(name)}{extra}; now it is "
                     f"{new.get(name)}. Resume with the value it was started with, or name another checkpoint_dir."
                 )
-    if json.loads((run.path / KIND).read_text())["data_digest"] != parts.source.digest:
+    if json.loads((run.path / SOLO).read_text())["data_digest"] != parts.source.digest:
         raise DataError(
             f"The training text is not the one that {run.path} was started with. Put that text back, or name another "
             "checkpoint_dir."

@@ -90,10 +90,10 @@ def test_bulyan_is_krum_repeated_and_a_mean_around_the_median(deltas):
 
 
 def test_coordinate_rules_are_their_merge(deltas):
-    found, verdict = merged(robust.trimmed_mean(F), deltas, merging.trimmed_mean(F))
+    found, verdict = merged(robust.coordinates("trimmed_mean", F), deltas, merging.trimmed_mean(F))
     np.testing.assert_allclose(found, np.sort(deltas, axis=0)[F : N - F].mean(axis=0), rtol=1e-5)
     assert verdict.backing.all() and verdict.centre is None and verdict.leash is None
-    found, _ = merged(robust.median(F), deltas, merging.median())
+    found, _ = merged(robust.coordinates("median", F), deltas, merging.median())
     np.testing.assert_allclose(found, np.median(deltas, axis=0), rtol=1e-6)
 
 

@@ -219,11 +219,11 @@ def _largest_shift(view: AttackView, mean: PyTree, deviation: PyTree, strength: 
 @jax.jit
 def _noise(mean: PyTree, strength: jax.Array, keys: jax.Array) -> PyTree:
     """One row per key, as long as strength · mean."""
-    length = jnp.abs(strength) * optax.global_norm(mean)
+    length = jnp.abs(strength) * optax.tree.norm(mean)
 
     def row(key: jax.Array) -> PyTree:
         drawn = optax.tree.random_like(key, mean)
-        return jax.tree.map(lambda leaf: leaf * (length / optax.global_norm(drawn)), drawn)
+        return jax.tree.map(lambda leaf: leaf * (length / optax.tree.norm(drawn)), drawn)
 
     return jax.lax.map(row, keys)
 

@@ -1,0 +1,78 @@
+"""`ByzantineConsensus`: the specification's name for a vote over finished models."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from capibara.consensus.models import ModelVote, vote_models
+from capibara.core.model import objective, parameters, with_parameters
+from capibara.errors import ConfigError
+from capibara.files import read_tensors
+from capibara.types import Batch
+
+
+class ByzantineConsensus:
+    """The default vote over models: NNX modules, trees of arrays, or safetensors files.
+
+    Args:
+      fault_tolerance: Share of the models that may be arbitrarily wrong. f = min(⌊share · n⌋, ⌊(n−1)/3⌋): with three
+        models f is 0, whatever the share; four are the least for f = 1.
+      verification_rounds: Recomputations over permuted models that must agree.
+
+    Attributes:
+      last_result: Reasons, coefficients and distances of the last vote.
+
+    Equivalent to:
+      trees = [parameters(model) for model in models]
+      f = min(math.floor(fault_tolerance * len(trees)), (len(trees) - 1) // 3)
+      result = vote_models(trees, f, verification_rounds=verification_rounds)
+      model = with_parameters(models[0], result.merged)
+    """
+
+    def __init__(self, fault_tolerance: float = 0.33, verification_rounds: int = 3):
+        if not 0 <= fault_tolerance < 1:
+            raise ConfigError(f"fault_tolerance is a share in [0, 1); got {fault_tolerance}.")
+        if verification_rounds < 0:
+            raise ConfigError(f"verification_rounds is 0 or more; got {verification_rounds}.")
+        self.fault_tolerance, self.verification_rounds = fault_tolerance, verification_rounds
+        self.last_result: ModelVote | None = None
+
+    def vote(self, models: Sequence[Any], validation_data: Batch | None = None) -> Any:
+        """The consensus of models, of the same kind as the first of them (a tree, for files).
+
+        Args:
+          models: NNX models, pytrees or paths of safetensors files; all of the same structure.
+          validation_data: A batch of held-out sequences; NNX models whose loss on it is ruined do not count.
+
+        Raises:
+          ConfigError: If there are no models, or they do not fit each other.
+          QuorumError: If fewer than n − f models count.
+        """
+        trees = [_tree(model) for model in models]
+        n = len(trees)
+        f = min(math.floor(self.fault_tolerance * n), (n - 1) // 3) if n else 0
+        if 1 < n < 4 and self.fault_tolerance > 0:
+            warnings.warn(
+                f"{n} models tolerate f = 0 wrong ones, whatever fault_tolerance says; n = 4 is the least for f = 1.",
+                stacklevel=2,
+            )
+        is_module = n > 0 and hasattr(models[0], "loss")
+        self.last_result = vote_models(
+            trees,
+            f,
+            verification_rounds=self.verification_rounds,
+            objective=objective(models[0]) if is_module and validation_data is not None else None,
+            batch=validation_data,
+        )
+        merged = self.last_result.merged
+        return with_parameters(models[0], merged) if is_module else merged
+
+
+def _tree(model: Any) -> Any:
+    if isinstance(model, (str, Path)):
+        return read_tensors(Path(model))
+    return parameters(model) if hasattr(model, "loss") else model

@@ -1,0 +1,121 @@
+"""Generation: the cache changes nothing, the draws follow the probabilities, one program serves one shape."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from capibara.core.config import ModelConfig
+from capibara.core.generate import _draw, _generate
+from capibara.core.model import ModularCapibaraModel, parameters, with_parameters
+from capibara.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def model() -> ModularCapibaraModel:
+    config = ModelConfig(
+        vocab_size=257, width=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden=24, max_length=50, init_scale=0.3
+    )
+    return ModularCapibaraModel(config, seed=2)
+
+
+PROMPT = np.array([[5, 17, 42, 9, 77], [1, 2, 3, 4, 5]], np.int32)
+
+
+def test_the_cache_gives_what_reading_everything_again_gives(model):
+    tokens = PROMPT
+    for _ in range(12):
+        tokens = np.concatenate([tokens, np.asarray(model(tokens))[:, -1].argmax(-1)[:, None]], 1).astype(np.int32)
+    np.testing.assert_array_equal(model.generate(PROMPT, 12, temperature=0), tokens[:, 5:])
+
+
+def test_the_sequence_may_fill_max_length(model):
+    prompt = np.arange(30, dtype=np.int32)
+    tokens = prompt[None]
+    for _ in range(20):
+        tokens = np.concatenate([tokens, np.asarray(model(tokens))[:, -1].argmax(-1)[:, None]], 1).astype(np.int32)
+    np.testing.assert_array_equal(model.generate(prompt, 20, temperature=0), tokens[0, 30:])
+
+
+def test_one_program_serves_all_prompts_of_a_shape(model):
+    model.generate(PROMPT, 12, temperature=0.5)
+    before = _generate._cache_size()
+    other = with_parameters(model, jax.tree.map(lambda leaf: leaf * 0.9, parameters(model)))
+    other.generate(PROMPT[:, :4], 12, temperature=0.7, top_p=0.9, seed=3)
+    assert _generate._cache_size() == before
+
+
+def test_the_seed_decides_the_draws(model):
+    first, again, other = (model.generate(PROMPT[0], 20, temperature=2.0, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (20,) and not np.array_equal(first, other)
+
+
+def test_sequences_of_a_batch_are_drawn_apart(model):
+    both = model.generate(np.stack([PROMPT[0], PROMPT[0]]), 20, temperature=2.0)
+    assert not np.array_equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_one_candidate_is_the_greedy_choice(model, options):
+    np.testing.assert_array_equal(
+        model.generate(PROMPT, 6, temperature=1.5, **options), model.generate(PROMPT, 6, temperature=0)
+    )
+
+
+def frequencies(shares: list[float], *, top_k: int = 0, top_p: float = 1.0, count: int = 20000) -> np.ndarray:
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(shares, jnp.float32)), (count, len(shares)))
+    drawn = _draw(logits, jax.random.key(0), top_k, jnp.float32(top_p))
+    return np.bincount(np.asarray(drawn), minlength=len(shares)) / count
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, [0.1, 0.5, 0.3, 0.1]),
+        ({"top_k": 2}, [0, 0.625, 0.375, 0]),
+        ({"top_k": 9}, [0.1, 0.5, 0.3, 0.1]),
+        ({"top_p": 0.5}, [0, 1, 0, 0]),
+        ({"top_p": 0.6}, [0, 0.625, 0.375, 0]),
+        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),
+    ],
+)
+def test_draws_follow_the_probabilities_of_what_is_left(options, wanted):
+    """20 000 draws: a frequency strays by more than 0.016 (4.5 standard errors) once in 100 000 times."""
+    np.testing.assert_allclose(frequencies([0.1, 0.5, 0.3, 0.1], **options), wanted, atol=0.016)
+
+
+def test_text_goes_in_and_comes_out(model):
+    text = model.generate("capi", 12, temperature=0)
+    ids = model.generate(np.frombuffer(b"capi", np.uint8).astype(np.int32), 12, temperature=0)
+    assert isinstance(text, str)
+    assert text == bytes(int(i) for i in ids if i < 256).decode(errors="replace") or 256 in ids
+
+
+def test_text_stops_where_the_document_ends(model):
+    """A head that always says `end`: the separator's row of an untied head is the only one that is not 0."""
+    config = model.config.model_copy(update={"tie_embeddings": False})
+    params = parameters(ModularCapibaraModel(config))
+    state = np.asarray(ModularCapibaraModel(config).hidden(np.frombuffer(b"x", np.uint8)[None].astype(np.int32)))[0, 0]
+    params["head"] = jnp.zeros_like(params["head"]).at[256].set(state)
+    assert with_parameters(ModularCapibaraModel(config), params).generate("x", 1, temperature=0) == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt is empty"),
+        (np.array([3, 257]), {}, "has token 257; the model knows 0 to 256"),
+        (np.array([-1, 3]), {}, "has token -1; the model knows 0 to 256"),
+        ("abc", {"max_new_tokens": 48}, "3 prompt tokens and 48 new ones are more than max_length = 50"),
+        ("abc", {"max_new_tokens": 0}, "max_new_tokens"),
+        ("abc", {"temperature": -1.0}, "temperature"),
+        ("abc", {"top_k": 0}, "top_k"),
+        ("abc", {"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(model, prompt, options, message):
+    with pytest.raises(ConfigError, match=message):
+        model.generate(prompt, **{"max_new_tokens": 5, **options})
