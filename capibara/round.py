@@ -395,5 +395,5 @@ def _final_entry(final: FinalVerdict) -> dict[str, Any]:
 
 
 def _cosine(a: PyTree, b: PyTree) -> float | None:
-    ab, aa, bb = (float(optax.tree.vdot(x, y)) for x, y in ((a, b), (a, a), (b, b)))
+    ab, aa, bb = (float(np.asarray(optax.tree.vdot(x, y))) for x, y in ((a, b), (a, a), (b, b)))
     return number(ab / np.sqrt(aa * bb)) if aa > 0 and bb > 0 else None

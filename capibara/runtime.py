@@ -1,7 +1,7 @@
 """What is set once per process, before JAX starts: allocator thresholds and threads.
 
 XLA on CPU allocates its outputs anew at every execution; glibc maps large ones afresh each time, and the page faults
-cost about a third of a training step. Keeping the memory in the heap removes them (measured in `benchmarks/allocator.py`).
+cost about a third of a training step. Keeping the memory in the heap removes them (`benchmarks/allocator.py`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from capibara.types import PyTree
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Leaves by dotted path (`blocks.0.mlp.up`), sorted by name. A flat dict keeps its keys as they are."""
-    if type(tree) is dict and all(isinstance(leaf, np.ndarray) for leaf in tree.values()):
+    if type(tree) is dict and all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in tree.values()):
         return dict(sorted((str(name), leaf) for name, leaf in tree.items()))  # needs no JAX
 
     import jax

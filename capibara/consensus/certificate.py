@@ -1,6 +1,6 @@
 """Certificates: canonical lines, a chain of hashes over them, and digests of trees. No JAX.
 
-    hash = BLAKE3( canonical JSON of the line without hash, timing and environment );  previous = hash of the line before
+    hash = BLAKE3(canonical JSON of the line without hash, timing and environment); previous = hash of the line before
 
 The chain proves integrity to someone who holds one hash of it; it does not say who wrote it (no authenticity).
 """
@@ -55,18 +55,16 @@ def parse_line(raw: bytes, number: int, *, name: str = "rounds.jsonl") -> dict[s
     place = f"{name} line {number}"
     try:
         line = json.loads(raw)
-        same = canonical(line) == raw.removesuffix(b"\n")
     except (ValueError, RecursionError):
         raise CertificateError(f"{place} is not JSON.") from None
-    except CertificateError:
-        same = False
     if not isinstance(line, dict) or not isinstance(line.get("hash"), str) or not isinstance(line.get("previous"), str):
         raise CertificateError(f"{place} is not a certificate: it lacks `hash` or `previous`.")
-    if not same:
+    if not _is_canonical(line, raw.removesuffix(b"\n")):
         raise CertificateError(f"{place} is not canonical: its bytes have been changed.")
     if line_hash(line) != line["hash"]:
-        raise CertificateError(f"{place} has been changed: its content has hash {line_hash(line)[:16]}…, it claims "
-                               f"{str(line['hash'])[:16]}…")
+        raise CertificateError(
+            f"{place} has been changed: its content has hash {line_hash(line)[:16]}…, it claims {line['hash'][:16]}…"
+        )
     return line
 
 
@@ -105,6 +103,13 @@ def digest_rows(stack: PyTree, num_rows: int, *, threads: int | None = None) -> 
 
     with ThreadPoolExecutor(threads or min(num_rows, os.cpu_count() or 1)) as pool:
         return list(pool.map(row, range(num_rows)))
+
+
+def _is_canonical(line: Mapping[str, Any], text: bytes) -> bool:
+    try:
+        return canonical(line) == text
+    except (CertificateError, RecursionError):
+        return False
 
 
 def _over(leaves: Mapping[str, bytes]) -> str:

@@ -13,80 +13,75 @@ import warnings
 from fractions import Fraction
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import field_validator, model_validator
 
+from capibara.consensus.section import Section, check_part, name_of, setting
 from capibara.consensus.vocabulary import (
+    A_NUMBER,
+    ATTACKS,
     ENGINES,
     INNER_STATES,
     MERGE_ROWS,
     MERGES,
     OUTERS,
+    SPLITS,
     STRATEGIES,
     VOTES,
 )
-from capibara.errors import ConfigError, nearest, unknown_name
-
-
-class Section(BaseModel):
-    """A frozen group of settings; an unknown key or a bad value is a `ConfigError` in one sentence."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
-
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _as_config_error(error, type(self)) from None
+from capibara.errors import unknown_name
 
 
 class ConsensusConfig(Section):
     """One consensus round's configuration. Every field that takes a name also takes the object itself."""
 
-    num_nodes: int = Field(4, ge=1, le=1024, description="replicas that train and vote (n)")
-    voting_strategy: Any = Field("byzantine_tolerant", description="how rows are weighed or clipped")
-    merge_strategy: Any = Field("weighted_average", description="how rows become one model")
-    quality_threshold: float = Field(0.85, gt=0, le=1, description="least held-out likelihood ratio after a damped step")
-    consensus_threshold: float | None = Field(None, gt=0, le=1, description="share of nodes that must back a commit")
-    num_faulty: int | None = Field(None, ge=0, description="nodes that may be arbitrarily wrong (f)")
-    verification_rounds: int = Field(3, ge=1, description="held-out shards a gate (K)")
-    gate_sequences: int = Field(6, ge=1, description="sequences a shard (S)")
-    gate_step: float | None = Field(None, gt=0, le=1, description="share of a delta the gate tries; min(1/2, 2/n) if unset")
-    local_steps: int = Field(30, ge=1, description="steps between two votes (H)")
-    consensus_timeout: float | None = Field(600.0, gt=0, description="seconds a node may take, without compilation")
-    max_retries: int = Field(3, ge=0, description="further attempts of a round without quorum")
-    max_refusals: int = Field(5, ge=1, description="refused rounds in a row that stop the run")
-    inner_state: str = Field("keep", description="optimiser state between rounds: keep or reset")
-    merge_rows: str = Field("mixed", description="rows the default vote merges: mixed or own")
-    outvote_at: float = Field(3.0, gt=1, description="distance, in (m−f)-th smallest ones, at which a node is outvoted")
-    outer: Any = Field("sgd", description="outer optimiser: sgd, nesterov or an optax transformation")
-    outer_learning_rate: float | None = Field(None, gt=0, description="1.0 for sgd, by the η(n, H) table for nesterov")
-    outer_momentum: float | None = Field(None, ge=0, lt=1, description="0.9 for nesterov")
-    engine: Any = Field("stacked", description="where the nodes run: stacked or inline")
-    strategies: tuple[Any, ...] = Field(("plain",), min_length=1, description="dealt to the nodes round-robin")
-    attack: Any = Field(None, description="a simulated attack, name or name:strength")
-    attack_nodes: tuple[int, ...] | None = Field(None, description="nodes that attack; the last f if unset")
-    split: str = Field("iid", description="how text is dealt: iid, by_field or dirichlet:GAMMA")
-    seed: int = Field(0, ge=0, description="seed of data, keys and gates")
-    keep_deltas: bool = Field(False, description="keep every node's delta, so that votes can be replayed")
-    checkpoint_every: int = Field(1, ge=1, description="rounds between checkpoints")
-    keep_checkpoints: int = Field(3, ge=1, description="checkpoints kept")
+    num_nodes: int = setting(4, "replicas that train and vote (n)", ge=1, le=1024)
+    voting_strategy: Any = setting("byzantine_tolerant", "how rows are weighed or clipped")
+    merge_strategy: Any = setting("weighted_average", "how rows become one model")
+    quality_threshold: float = setting(0.85, "least held-out likelihood ratio of a damped step", gt=0, le=1)
+    consensus_threshold: float | None = setting(None, "share of nodes that must back a commit", gt=0, le=1)
+    num_faulty: int | None = setting(None, "nodes that may be arbitrarily wrong (f)", ge=0)
+    verification_rounds: int = setting(3, "held-out shards a gate (K)", ge=1)
+    gate_sequences: int = setting(6, "sequences a shard (S)", ge=1)
+    gate_step: float | None = setting(None, "share of a delta the gate tries; min(1/2, 2/n)", gt=0, le=1)
+    local_steps: int = setting(30, "steps between two votes (H)", ge=1)
+    consensus_timeout: float | None = setting(600.0, "seconds a node may take, without compilation", gt=0)
+    max_retries: int = setting(3, "further attempts of a round without quorum", ge=0)
+    max_refusals: int = setting(5, "refused rounds in a row that stop the run", ge=1)
+    inner_state: str = setting("keep", "optimiser state between rounds: keep or reset")
+    merge_rows: str = setting("mixed", "rows the default vote merges: mixed or own")
+    outvote_at: float = setting(3.0, "distance, in (m−f)-th smallest ones, at which a node is outvoted", gt=1)
+    outer: Any = setting("sgd", "outer optimiser: sgd, nesterov or an optax transformation")
+    outer_learning_rate: float | None = setting(None, "1.0 for sgd, by the η(n, H) table for nesterov", gt=0)
+    outer_momentum: float | None = setting(None, "0.9 for nesterov", ge=0, lt=1)
+    engine: Any = setting("stacked", "where the nodes run: stacked or inline")
+    strategies: tuple[Any, ...] = setting(("plain",), "dealt to the nodes round-robin", min_length=1)
+    attack: Any = setting(None, "a simulated attack, name or name:strength")
+    attack_nodes: tuple[int, ...] | None = setting(None, "nodes that attack; the last f if unset")
+    split: str = setting("iid", "how text is dealt: iid, by_field or dirichlet:GAMMA")
+    seed: int = setting(0, "seed of data, keys and gates", ge=0)
+    keep_deltas: bool = setting(False, "keep every node's delta, so that votes can be replayed")
+    checkpoint_every: int = setting(1, "rounds between checkpoints", ge=1)
+    keep_checkpoints: int = setting(3, "checkpoints kept", ge=1)
+
+    @field_validator("strategies")
+    @classmethod
+    def _known_strategies(cls, strategies: tuple[Any, ...]) -> tuple[Any, ...]:
+        for strategy in strategies:
+            check_part("strategy", strategy, STRATEGIES)
+        return strategies
 
     @model_validator(mode="after")
     def _check(self) -> ConsensusConfig:
         for field, known in _VOCABULARIES.items():
-            value = getattr(self, field)
-            if isinstance(value, str) and value not in known:
-                raise ValueError(unknown_name(field, value, known))
-        for strategy in self.strategies:
-            if isinstance(strategy, str) and strategy not in STRATEGIES:
-                raise ValueError(unknown_name("strategy", strategy, STRATEGIES))
+            check_part(field, getattr(self, field), known)
+        self._check_attack()
         self._check_faults()
         self._check_rule()
         self._check_split()
         if self.verification_rounds * self.gate_sequences < 16 and self.num_nodes > 1:
             raise ValueError(
-                f"verification_rounds · gate_sequences = {self.verification_rounds * self.gate_sequences}; the gate needs "
-                f"at least 16 sequences. Set gate_sequences = {math.ceil(16 / self.verification_rounds)}."
+                f"verification_rounds · gate_sequences = {self.verification_rounds * self.gate_sequences}; the gate "
+                f"needs at least 16 sequences. Set gate_sequences = {math.ceil(16 / self.verification_rounds)}."
             )
         return self
 
@@ -98,41 +93,59 @@ class ConsensusConfig(Section):
                     f"num_faulty = {self.num_faulty} needs at least {3 * self.num_faulty + 1} nodes (agreement needs "
                     f"n ≥ 3f + 1); got num_nodes = {n}, which tolerates {(n - 1) // 3}."
                 )
+            if self.voting_strategy == "unanimous":
+                raise ValueError(
+                    f"num_faulty = {self.num_faulty} does not fit voting_strategy = 'unanimous', where all {n} nodes "
+                    "must back a commit. Set num_faulty = 0, or vote by 'majority'."
+                )
+            f = self.num_faulty
+            few = _needed(self.consensus_threshold, n) <= 2 * f
+            fits = f"{_share(2 * f + 1, n)} or more" if few else f"{_share(n - f, n)} or less"
             raise ValueError(
-                f"num_faulty = {self.num_faulty} does not fit consensus_threshold = {self.consensus_threshold}, which "
-                f"leaves room for {most} of {n} nodes. Set consensus_threshold = "
-                f"{round((n - self.num_faulty) / n - 5e-4, 3)} or less, or num_faulty = {most}."
+                f"num_faulty = {f} does not fit consensus_threshold = {self.consensus_threshold}, which leaves room "
+                f"for {most} of {n} nodes. Set consensus_threshold = {fits}, or num_faulty = {most}."
             )
+
+    def _check_attack(self) -> None:
+        n = self.num_nodes
+        name, colon, strength = str(self.attack).partition(":")
+        if self.attack is not None:
+            check_part("attack", name if isinstance(self.attack, str) else self.attack, tuple(ATTACKS))
+        if colon and isinstance(self.attack, str):
+            needed = ATTACKS[name]
+            if not needed:
+                raise ValueError(f"attack = {self.attack!r}: {name!r} takes no strength. Write {name!r}.")
+            if not (_is_finite(strength) if needed == A_NUMBER else strength in needed.split(" or ")):
+                example = f"{name}:2" if needed == A_NUMBER else f"{name}:{needed.split()[0]}"
+                raise ValueError(f"attack = {self.attack!r} needs {needed} after the colon, e.g. {example!r}.")
         for node in self.attack_nodes or ():
             if not 0 <= node < n:
                 raise ValueError(f"attack_nodes names node {node}; the nodes are 0 to {n - 1}.")
+        if len(set(self.attack_nodes or ())) == n:
+            raise ValueError(f"attack_nodes names all {n} nodes; an attack needs at least one honest node to look at.")
 
     def _check_rule(self) -> None:
         if not isinstance(self.voting_strategy, str):
             return
         vote, f = VOTES[self.voting_strategy], self.num_tolerated
         if self.num_nodes < vote.least(f):
-            instead = f" Use {vote.instead}, which needs {VOTES[vote.instead].least(f)}." if vote.instead else ""
+            instead = f" Use {vote.instead!r}, which needs {VOTES[vote.instead].least(f)}." if vote.instead else ""
             raise ValueError(
-                f"{self.voting_strategy} with f = {f} needs at least {vote.least(f)} nodes; got {self.num_nodes}.{instead}"
+                f"voting_strategy = {self.voting_strategy!r} with f = {f} needs at least {vote.least(f)} nodes; got "
+                f"num_nodes = {self.num_nodes}.{instead}"
             )
         if vote.is_merge and self.merge_strategy not in ("weighted_average", self.voting_strategy):
             raise ValueError(
-                f"voting_strategy = {self.voting_strategy!r} sees coordinates and is the merge itself; got merge_strategy "
-                f"= {self.merge_strategy!r} beside it. Leave merge_strategy out, or vote by 'byzantine_tolerant'."
+                f"voting_strategy = {self.voting_strategy!r} sees coordinates and is the merge itself; got "
+                f"merge_strategy = {self.merge_strategy!r} beside it. Leave it out, or vote by 'byzantine_tolerant'."
             )
 
     def _check_split(self) -> None:
-        name, _, gamma = self.split.partition(":")
-        if name not in ("iid", "by_field", "dirichlet"):
+        name, colon, gamma = self.split.partition(":")
+        if name not in SPLITS or (colon and name != "dirichlet"):
             raise ValueError(unknown_name("split", self.split, ("iid", "by_field", "dirichlet:GAMMA")))
-        if name == "dirichlet":
-            try:
-                good = float(gamma) > 0
-            except ValueError:
-                good = False
-            if not good:
-                raise ValueError(f"split = {self.split!r} needs a positive number, e.g. 'dirichlet:0.33'.")
+        if name == "dirichlet" and not (_is_finite(gamma) and float(gamma) > 0):
+            raise ValueError(f"split = {self.split!r} needs a positive number, e.g. 'dirichlet:0.33'.")
 
     @property
     def needed(self) -> int:
@@ -141,7 +154,7 @@ class ConsensusConfig(Section):
             return self.num_nodes
         if self.consensus_threshold is None:
             return self.num_nodes - self.num_tolerated
-        return math.ceil(Fraction(str(self.consensus_threshold)) * self.num_nodes)
+        return _needed(self.consensus_threshold, self.num_nodes)
 
     @property
     def num_tolerated(self) -> int:
@@ -155,7 +168,7 @@ class ConsensusConfig(Section):
             return 0
         if self.consensus_threshold is None:
             return third
-        needed = math.ceil(Fraction(str(self.consensus_threshold)) * self.num_nodes)
+        needed = _needed(self.consensus_threshold, self.num_nodes)
         return min(third, self.num_nodes - needed, (needed - 1) // 2)
 
     @property
@@ -186,55 +199,33 @@ class ConsensusConfig(Section):
 
     def warn_when_defenceless(self) -> None:
         """Says once that no lie is tolerated, with the threshold that lets the others go on."""
-        if self.num_nodes > 1 and self.num_tolerated == 0 and self.voting_strategy != "unanimous":
-            rest = self.num_nodes - 1
-            threshold = math.floor(1000 * rest / self.num_nodes) / 1000
-            advice = (
-                f" One crash stops a round; consensus_threshold = {threshold} lets {rest} of {self.num_nodes} go on."
-                if self.needed == self.num_nodes
-                else ""
-            )
-            warnings.warn(
-                f"{self.num_nodes} nodes tolerate f = 0 lies; n = 4 is the least for f = 1.{advice}", stacklevel=3
-            )
+        n = self.num_nodes
+        if n == 1 or self.num_tolerated or self.num_faulty == 0 or self.voting_strategy == "unanimous":
+            return
+        why = f" at consensus_threshold = {self.consensus_threshold}; without it f = {(n - 1) // 3}"
+        if n < 4:
+            why = "; n = 4 is the least for f = 1"
+        crash = f" One crash stops a round; consensus_threshold = {_share(n - 1, n)} lets {n - 1} of {n} go on."
+        warnings.warn(
+            f"{n} nodes tolerate f = 0 lies{why}.{crash if self.needed == n else ''}", stacklevel=3
+        )
 
 
-def name_of(part: Any) -> str:
-    """The name of a part given by name or as an object."""
-    return part if isinstance(part, str) else str(getattr(part, "name", type(part).__name__))
+def _needed(threshold: float | None, num_nodes: int) -> int:
+    """⌈threshold · n⌉ of the decimal number that was written, so that 0.7 of 10 is 7."""
+    return math.ceil(Fraction(str(threshold)) * num_nodes)
 
 
-def _as_config_error(error: ValidationError, model: type[BaseModel]) -> ConfigError:
-    """Pydantic's findings as one `ConfigError`; its `details` are (keys, sentence) pairs: what, got, needed."""
-    details: list[tuple[tuple[str, ...], str]] = []
-    for found in error.errors():
-        keys = tuple(part for part in found["loc"] if isinstance(part, str))
-        inner = found.get("ctx", {}).get("error")
-        if isinstance(inner, ConfigError) and inner.details:
-            details += [((*keys, *more), sentence) for more, sentence in inner.details]
-        elif found["type"] == "extra_forbidden":
-            known = field_names(model, found["loc"][:-1])
-            guess = nearest(keys[-1], known)
-            hint = f" Did you mean {guess!r}?" if guess else ""
-            details.append((keys, f"Unknown key {'.'.join(keys)!r}.{hint} Known: {', '.join(sorted(known))}."))
-        elif found["type"] == "value_error":
-            details.append((keys, str(inner)))
-        else:
-            message = found["msg"][0].lower() + found["msg"][1:]
-            details.append((keys, f"{'.'.join(keys) or model.__name__}: {message}; got {found['input']!r}."))
-    raised = ConfigError("\n".join(sentence for _, sentence in details))
-    raised.details = details
-    return raised
+def _share(needed: int, num_nodes: int) -> float:
+    """The largest threshold of four digits that asks for `needed` nodes."""
+    return needed * 10_000 // num_nodes / 10_000
 
 
-def field_names(model: type[BaseModel], path: tuple[Any, ...] = ()) -> list[str]:
-    """The keys that a section of a configuration knows."""
-    for part in path:
-        inner = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return list(model.model_fields)
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 _VOCABULARIES = {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from capibara.consensus import merging, networks
-from capibara.consensus.ballot import Verdict, chain, open_ballot
+from capibara.consensus.ballot import Ballot, Verdict, chain, open_ballot
 from capibara.consensus.gates import GateVerdict, gate_differences, judge
 from capibara.consensus.record import strictest
 from capibara.consensus.validate import admit, finite_rows
@@ -96,27 +96,28 @@ def vote_models(
         raise _too_few(reasons, n - f)
     weights = np.array([reason == "backed" for reason in reasons], np.float64)
     vote = chain(byzantine_tolerant(f, clip_norms=False), merge=merging.uniform())
-    delta, verdict, _ = vote.apply(open_ballot(deltas, weights), vote.init(middle), None)
+    ballot = open_ballot(deltas, weights)
+    delta, verdict, _ = vote.apply(ballot, vote.init(middle), None)
     assert verdict.coefficients is not None
-    _recompute(deltas, weights, verdict.coefficients, f, verification_rounds)
+    _recompute(ballot, verdict.coefficients, f, verification_rounds)
     reasons = strictest([*flags, ("outvoted", ~verdict.backing)], n)
     merged = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree_add(middle, delta), models[0])
     return ModelVote(merged, f, reasons, verdict.coefficients, verdict, quality, verification_rounds)
 
 
-def _recompute(deltas: PyTree, weights: np.ndarray, expected: np.ndarray, f: int, rounds: int) -> None:
-    ballot = open_ballot(deltas, weights)
+def _recompute(ballot: Ballot, expected: np.ndarray, f: int, rounds: int) -> None:
     rule, mean = byzantine_tolerant(f, clip_norms=False), merging.uniform().weights
     assert mean is not None
+    lengths = np.diagonal(ballot.gram)[ballot.weights > 0]
+    scale = max(float(np.median(lengths)), 1e-300)  # not the longest: one lie of 1e20 would make any two votes agree
     for seed in range(rounds):
-        order = np.random.default_rng(seed).permutation(len(weights))
-        turned = ballot._replace(weights=weights[order], gram=ballot.gram[np.ix_(order, order)])
+        order = np.random.default_rng(seed).permutation(len(expected))
+        turned = ballot._replace(weights=ballot.weights[order], gram=ballot.gram[np.ix_(order, order)])
         after, _, _ = rule.apply(turned, (), None)
-        v = np.empty(len(weights))
+        v = np.empty(len(expected))
         v[order] = mean(after.weights) @ after.rows[:, :-1]
         gap = v - expected
-        scale = max(float(expected @ ballot.gram @ expected), float(np.diagonal(ballot.gram).max()))
-        if gap @ ballot.gram @ gap > AGREE * max(scale, 1e-300):
+        if gap @ ballot.gram @ gap > AGREE * scale:
             raise QuorumError(f"Recomputation {seed + 1} of {rounds} of the vote, over permuted models, did not agree.")
 
 
@@ -127,6 +128,7 @@ def _shards(count: int, wanted: int) -> int:
 def _too_few(reasons: list[str], needed: int) -> QuorumError:
     named = ", ".join(f"model {i}: {r}" for i, r in enumerate(reasons) if r != "backed")
     return QuorumError(
-        f"{reasons.count('backed')} of {len(reasons)} models count and {needed} are needed ({named}). Leave the others out.",
+        f"{reasons.count('backed')} of {len(reasons)} models count and {needed} are needed ({named}). "
+        "Leave the others out.",
         dict(enumerate(reasons)),
     )

@@ -45,3 +45,21 @@ MERGE_ROWS = ("mixed", "own")
 OUTERS = ("sgd", "nesterov")
 ENGINES = ("stacked", "inline")
 STRATEGIES = ("plain",)
+SPLITS = ("iid", "by_field", "dirichlet")
+
+A_NUMBER, NOTHING = "a number", ""
+ATTACKS = {
+    "alie": A_NUMBER,
+    "copy": NOTHING,
+    "gaussian": A_NUMBER,
+    "ipm": A_NUMBER,
+    "label_flip": NOTHING,
+    "mimic": A_NUMBER,
+    "min_max": A_NUMBER,
+    "nan": NOTHING,
+    "optimised": "alie or ipm",
+    "scale": A_NUMBER,
+    "sign_flip": A_NUMBER,
+    "stale": NOTHING,
+}
+"""Name to what may follow it after a colon, as in `scale:-10`."""

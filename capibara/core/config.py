@@ -5,37 +5,44 @@ Precedence: defaults < `extends` < file < `CAPIBARA_SECTION__KEY` < command line
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import PrivateAttr, field_validator, model_validator
 
-from capibara.consensus.config import ConsensusConfig, Section
+from capibara.consensus.config import ConsensusConfig
+from capibara.consensus.section import Section, check_part, setting
+from capibara.errors import ConfigError, unknown_name
+
+BLOCK_KINDS = ("attention",)
+"""Names that `blocks` may use; `capibara.core.model` holds their classes."""
 
 
 class ModelConfig(Section):
     """The shape of the decoder."""
 
-    vocab_size: int = Field(257, ge=2, description="tokens of the vocabulary")
-    width: int = Field(128, ge=8, description="width of the residual stream (D)")
-    num_layers: int = Field(4, ge=1, description="blocks")
-    num_heads: int = Field(4, ge=1, description="query heads")
-    num_kv_heads: int | None = Field(None, ge=1, description="key and value heads; num_heads if unset")
-    head_dim: int | None = Field(None, ge=2, description="size of a head; width / num_heads if unset")
-    hidden: int | None = Field(None, ge=8, description="width of the feed-forward part; 8/3 of width if unset")
-    max_length: int = Field(1024, ge=2, description="longest sequence that generate may fill, in tokens")
-    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
-    tie_embeddings: bool = Field(True, description="share the embedding with the head")
-    z_loss: float = Field(0.0, ge=0, description="coefficient of the squared log-partition")
-    blocks: tuple[Any, ...] = Field(("attention",), min_length=1, description="kinds of blocks, repeated over the layers")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the arithmetic; parameters are float32")
-    loss_chunk: int = Field(0, ge=0, description="tokens a chunk of the loss; 0 chooses")
-    init_scale: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    vocab_size: int = setting(257, "tokens of the vocabulary", ge=2)
+    width: int = setting(128, "width of the residual stream (D)", ge=8)
+    num_layers: int = setting(4, "blocks", ge=1)
+    num_heads: int = setting(4, "query heads", ge=1)
+    num_kv_heads: int | None = setting(None, "key and value heads; num_heads if unset", ge=1)
+    head_dim: int | None = setting(None, "size of a head; width / num_heads if unset", ge=2)
+    hidden: int | None = setting(None, "width of the feed-forward part; 8/3 of width if unset", ge=8)
+    max_length: int = setting(1024, "longest sequence that generate may fill, in tokens", ge=2)
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", gt=0)
+    norm_eps: float = setting(1e-5, "epsilon of RMSNorm", gt=0)
+    tie_embeddings: bool = setting(True, "share the embedding with the head")
+    z_loss: float = setting(0.0, "coefficient of the squared log-partition", ge=0)
+    blocks: tuple[Any, ...] = setting(("attention",), "kinds of blocks, repeated over layers", min_length=1)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "type of arithmetic; parameters are float32")
+    loss_chunk: int = setting(0, "tokens a chunk of the loss; 0 chooses", ge=0)
+    init_scale: float = setting(0.02, "standard deviation of the initial weights", gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        for kind in self.blocks:
+            check_part("blocks", kind, BLOCK_KINDS)
         if self.head_dim is None and self.width % self.num_heads:
             raise ValueError(
                 f"width = {self.width} is not a multiple of num_heads = {self.num_heads}; change one or set head_dim."
@@ -65,37 +72,37 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the text comes from and how it is cut."""
 
-    path: str | tuple[str, ...] | None = Field(None, description="folder or files of text, or demo:sotu")
-    tokenizer: str = Field("byte", description="byte, bpe:SIZE (trained on the data) or a tokenizer.json")
-    sequence_length: int = Field(128, ge=2, description="tokens a sequence (T)")
-    field: str | None = Field(None, description="field of the documents by which split = by_field and dirichlet deal")
-    held_out_fraction: float = Field(0.08, gt=0, lt=1, description="share of the text held out, over four splits")
+    path: str | tuple[str, ...] | None = setting(None, "folder or files of text, or demo:sotu")
+    tokenizer: str = setting("byte", "byte, bpe:SIZE (trained on the data) or a tokenizer.json")
+    sequence_length: int = setting(128, "tokens a sequence (T)", ge=2)
+    field: str | None = setting(None, "field of the documents by which split = by_field and dirichlet deal")
+    held_out_fraction: float = setting(0.08, "share of the text held out, over four splits", gt=0, lt=1)
 
 
 class TrainingConfig(Section):
     """How a node trains, and for how long."""
 
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate of AdamW")
-    batch_size: int = Field(8, ge=1, description="sequences a step")
-    accumulation_steps: int = Field(1, ge=1, description="parts a batch is cut into, gradients averaged")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate over the run")
-    warmup_steps: int = Field(20, ge=0, description="linear warm-up")
-    decay_fraction: float = Field(0.2, gt=0, le=1, description="share of the steps that decay, for wsd")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
-    weight_decay: float = Field(0.1, ge=0, description="of AdamW, on matrices")
-    beta1: float = Field(0.9, ge=0, lt=1, description="first moment of AdamW")
-    beta2: float = Field(0.95, ge=0, lt=1, description="second moment of AdamW")
-    clip_norm: float | None = Field(1.0, gt=0, description="largest global gradient norm")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="running average of the weights")
-    num_epochs: float = Field(1.0, gt=0, description="passes over the training tokens of all nodes")
-    num_rounds: int | None = Field(None, ge=1, description="rounds; by num_epochs if unset")
-    num_steps: int | None = Field(None, ge=1, description="steps of UnifiedTrainer; by num_epochs if unset")
-    eval_every: int | None = Field(1, ge=1, description="rounds (steps in UnifiedTrainer) between evaluations")
-    eval_sequences: int = Field(64, ge=2, description="held-out sequences an evaluation")
-    log_every: int = Field(10, ge=1, description="steps between log lines of UnifiedTrainer")
-    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints of UnifiedTrainer")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    seed: int = Field(0, ge=0, description="seed of the initial weights and of UnifiedTrainer's batches")
+    learning_rate: float = setting(3e-4, "peak learning rate of AdamW", gt=0)
+    batch_size: int = setting(8, "sequences a step", ge=1)
+    accumulation_steps: int = setting(1, "parts a batch is cut into, gradients averaged", ge=1)
+    schedule: Literal["cosine", "wsd", "constant"] = setting("cosine", "learning rate over the run")
+    warmup_steps: int = setting(20, "linear warm-up", ge=0)
+    decay_fraction: float = setting(0.2, "share of the steps that decay, for wsd", gt=0, le=1)
+    min_lr_ratio: float = setting(0.1, "final over peak learning rate", ge=0, le=1)
+    weight_decay: float = setting(0.1, "of AdamW, on matrices", ge=0)
+    beta1: float = setting(0.9, "first moment of AdamW", ge=0, lt=1)
+    beta2: float = setting(0.95, "second moment of AdamW", ge=0, lt=1)
+    clip_norm: float | None = setting(1.0, "largest global gradient norm", gt=0)
+    ema_decay: float | None = setting(None, "running average of the weights", gt=0, lt=1)
+    num_epochs: float = setting(1.0, "passes over the training tokens of all nodes", gt=0)
+    num_rounds: int | None = setting(None, "rounds; by num_epochs if unset", ge=1)
+    num_steps: int | None = setting(None, "steps of UnifiedTrainer; by num_epochs if unset", ge=1)
+    eval_every: int | None = setting(1, "rounds (steps in UnifiedTrainer) between evaluations", ge=1)
+    eval_sequences: int = setting(64, "held-out sequences an evaluation", ge=2)
+    log_every: int = setting(10, "steps between log lines of UnifiedTrainer", ge=1)
+    checkpoint_every: int | None = setting(None, "steps between checkpoints of UnifiedTrainer", ge=1)
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    seed: int = setting(0, "seed of the initial weights and of UnifiedTrainer's batches", ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -109,10 +116,10 @@ class TrainingConfig(Section):
 class ModularConfig(Section):
     """A whole run: `model`, `data`, `training` and `consensus`."""
 
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    consensus: ConsensusConfig = Field(default_factory=ConsensusConfig)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    consensus: ConsensusConfig = ConsensusConfig()
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @field_validator("model", "data", "training", "consensus", mode="before")
@@ -121,15 +128,22 @@ class ModularConfig(Section):
         return dict(value) if isinstance(value, dict) else value
 
     @classmethod
-    def from_toml(cls, path: Path | str, overrides: Iterable[str] = ()) -> ModularConfig:
+    def from_toml(
+        cls, path: Path | str, overrides: Iterable[str] = (), *, environment: Mapping[str, str] | None = None
+    ) -> ModularConfig:
         """Reads a TOML file, what it extends, the environment and `section.key=value` overrides.
+
+        Args:
+          path: The file.
+          overrides: As on the command line; each value is TOML or a bare word, and `none` unsets.
+          environment: Instead of the process's own; `{}` for a file that is complete, as that of a run.
 
         Raises:
           ConfigError: With file, line, column and the nearest known name.
         """
         from capibara.core.toml import load
 
-        return load(Path(path), tuple(overrides))
+        return load(Path(path), tuple(overrides), environment)
 
     @classmethod
     def preset(cls, name: str, overrides: Iterable[str] = ()) -> ModularConfig:
@@ -157,14 +171,22 @@ class ModularConfig(Section):
         return hash(tuple(getattr(self, name) for name in type(self).model_fields))
 
     def replace(self, **sections: dict[str, Any]) -> ModularConfig:
-        """A copy with some values of some sections changed: `replace(training={"batch_size": 4})`."""
+        """A copy with some values of some sections changed: `replace(training={"batch_size": 4})`.
+
+        Raises:
+          ConfigError: For an unknown section or key, or a value that cannot be meant.
+        """
         changed = {}
+        for name in sections:
+            if name not in type(self).model_fields:
+                raise ConfigError(unknown_name("section", name, type(self).model_fields))
         for name in type(self).model_fields:
             section = getattr(self, name)
             values = {key: getattr(section, key) for key in type(section).model_fields}
             changed[name] = type(section)(**{**values, **sections.get(name, {})})
         copy = ModularConfig(**changed)
-        copy._origins.update(self._origins)
+        kept = {key: origin for key, origin in self._origins.items() if not _has(sections, key)}
+        copy._origins.update(kept)
         return copy
 
     def to_toml(self) -> str:
@@ -175,16 +197,21 @@ class ModularConfig(Section):
 
     def digest(self) -> str:
         """BLAKE3 (hex) of what decides the outcome: engine, paths and checkpoint habits are left out."""
+        from blake3 import blake3
+
         from capibara.consensus.certificate import canonical
         from capibara.core.toml import plain
-
-        from blake3 import blake3
 
         content = plain(self)
         for section, keys in _NOT_DIGESTED.items():
             for key in keys:
                 content[section].pop(key, None)
         return blake3(canonical(content)).hexdigest()
+
+
+def _has(sections: dict[str, dict[str, Any]], dotted: str) -> bool:
+    section, _, key = dotted.partition(".")
+    return key in sections.get(section, {})
 
 
 _NOT_DIGESTED = {

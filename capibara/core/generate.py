@@ -51,10 +51,14 @@ def generate(
     if ids.shape[1] == 0:
         raise ConfigError("The prompt is empty; give at least one token, for instance a newline.")
     if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-        raise ConfigError(f"The prompt has token {ids.max()}; the model knows 0 to {model.config.vocab_size - 1}.")
+        strange = ids.min() if ids.min() < 0 else ids.max()
+        raise ConfigError(f"The prompt has token {strange}; the model knows 0 to {model.config.vocab_size - 1}.")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is 1 or more; got {max_new_tokens}.")
     if ids.shape[1] + max_new_tokens > limit:
         raise ConfigError(
-            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than max_length = {limit}. Shorten one."
+            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than max_length = {limit}. "
+            "Shorten one."
         )
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ConfigError("temperature is 0 or more, top_k 1 or more, top_p in (0, 1].")

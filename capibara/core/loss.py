@@ -41,7 +41,8 @@ def head_loss(
       chunk: Tokens a chunk; 0 chooses: one chunk where all logits are few.
     """
     M, V = hidden.shape[0], head.shape[0]
-    weights = mask.astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
+    counted = mask.astype(jnp.float32)
+    weights = counted / jnp.maximum(counted.sum(), 1.0)
     if chunk == 0 and M * V <= AUTOMATIC_LIMIT:
         losses, partition = head_losses(hidden, head, targets)
         return losses @ weights + z_loss * ((partition**2) @ weights)

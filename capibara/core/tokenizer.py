@@ -29,7 +29,7 @@ class Tokenizer:
         self._bpe = bpe
         self.vocab_size = 257 if bpe is None else bpe.get_vocab_size()
         eos = 256 if bpe is None else bpe.token_to_id(END)
-        if eos is None:
+        if eos is None and bpe is not None:
             for name in ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>"):
                 eos = bpe.token_to_id(name) if eos is None else eos
         if eos is None:

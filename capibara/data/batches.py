@@ -98,8 +98,9 @@ class TextSource:
         available = self.num_sequences(split)
         if available < count:
             raise DataError(
-                f"The held-out split {split!r} has {available} sequences of {self.tokens_per_sequence} tokens; {count} are "
-                "needed. Give more text, raise data.held_out_fraction, or lower verification_rounds or gate_sequences."
+                f"The held-out split {split!r} has {available} sequences of {self.tokens_per_sequence} tokens; "
+                f"{count} are needed. Give more text, raise data.held_out_fraction, or lower verification_rounds or "
+                "gate_sequences."
             )
         rng = np.random.default_rng([self.seed, 4, SPLITS.index(split), round, draw])
         rows = np.sort(rng.choice(available, count, replace=False))

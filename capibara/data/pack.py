@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Line(NamedTuple):
-    """The pairs of some documents in a row: `first[k]` is the first pair of the k-th, `token[k]` where its ids begin."""
+    """The pairs of documents in a row: `first[k]` is the first pair of the k-th, `token[k]` where its ids begin."""
 
     first: np.ndarray
     token: np.ndarray

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 from capibara.errors import DataError
 
@@ -130,8 +130,8 @@ def _json_lines(file: Path, fields: dict[str, str]) -> Iterator[Document]:
             number += 1
             if len(raw) > MOST_JSON_BYTES:
                 raise DataError(
-                    f"{file} line {number} is longer than {MOST_JSON_BYTES >> 20} MB; a line is one document: split it, "
-                    "or save the text as .txt, where any length is fine."
+                    f"{file} line {number} is longer than {MOST_JSON_BYTES >> 20} MB; a line is one document: "
+                    "split it, or save the text as .txt, where any length is fine."
                 )
             if raw.strip():
                 yield from _json_line(raw, file, number, start, fields)

@@ -61,12 +61,12 @@ def _train(start: PyTree, kept: Kept, batches: PyTree, keys: Any, *, step: Any, 
         mine, batch, key = args
         steps = len(jax.tree.leaves(batch)[0])
         state, infos = local_steps(step, train_state(start, mine), batch, jax.random.split(key, steps))
-        result = (tree_sub(state.params, start), Kept(state.step, state.inner), infos["loss"])
-        return (*result, state.params) if alone else result
+        trained = state.params if alone else None
+        return tree_sub(state.params, start), Kept(state.step, state.inner), infos["loss"], trained
 
-    out = jax.lax.map(node, (kept, batches, keys)) if over == "map" else jax.vmap(node)((kept, batches, keys))
-    params = jax.tree.map(lambda leaf: leaf[0], out[3]) if alone else None
-    return out[0], out[1], out[2], params
+    work = (kept, batches, keys)
+    deltas, kept, losses, trained = jax.lax.map(node, work) if over == "map" else jax.vmap(node)(work)
+    return deltas, kept, losses, jax.tree.map(lambda leaf: leaf[0], trained)
 
 
 @jax.jit

@@ -65,8 +65,8 @@ def save_checkpoint(run: Run, number: int, sections: dict[str, dict[str, Any]], 
         with suppress(OSError):
             files.remove(temporary)  # what did not fit must not keep the room
         raise RunError(
-            f"The checkpoint of step {number} could not be written to {folder} ({error.strerror or error}). Nothing that "
-            f"was committed is lost: make room, then `capibara resume {run.path}`."
+            f"The checkpoint of step {number} could not be written to {folder} ({error.strerror or error}). Nothing "
+            f"that was committed is lost: make room, then `capibara resume {run.path}`."
         ) from error
     return target
 
@@ -123,7 +123,7 @@ def newest_intact(run: Run) -> Found:
         try:
             sections, meta = load_checkpoint(folder)
             if meta["head"] not in ({line["hash"] for line in run.lines} or {GENESIS}):
-                raise CertificateError(f"{_short(folder)} belongs to another run.")
+                raise CertificateError(f"checkpoints/{folder.name} belongs to another run.")
         except CertificateError as error:
             notes.append(f"{error} Going back to the checkpoint before it.")
             continue
@@ -161,8 +161,8 @@ def save_deltas(run: Run, number: int, stack: dict[str, Any], merged: dict[str, 
         run.files.write_atomic(path, tensors_to_bytes(tensors))
     except OSError as error:
         raise RunError(
-            f"The deltas of round {number} could not be written to {path} ({error.strerror or error}). Nothing that was "
-            f"committed is lost: make room or set keep_deltas = false, then `capibara resume {run.path}`."
+            f"The deltas of round {number} could not be written to {path} ({error.strerror or error}). Nothing that "
+            f"was committed is lost: make room or set keep_deltas = false, then `capibara resume {run.path}`."
         ) from error
     return path
 

@@ -60,6 +60,7 @@ class Run:
             files.write_atomic(path / "config.toml", config_toml.encode())
             files.write_atomic(path / CERTIFICATES, b"")
             files.write_atomic(path / FORMAT, json.dumps({"format_version": FORMAT_VERSION}).encode() + b"\n")
+            files.fsync_folder(path.parent)
         except OSError as error:
             run.close()
             raise _not_writable(path, error) from error
@@ -116,8 +117,8 @@ class Run:
             with suppress(OSError):  # a part that stays is torn, and removed when the run is opened again
                 self.files.truncate(path, size)
             raise RunError(
-                f"Certificate {len(self.lines) + 1} could not be written to {path} ({error.strerror or error}). Nothing "
-                f"that was committed is lost: make room, then `capibara resume {self.path}`."
+                f"Certificate {len(self.lines) + 1} could not be written to {path} ({error.strerror or error}). "
+                f"Nothing that was committed is lost: make room, then `capibara resume {self.path}`."
             ) from error
         self.lines.append(line)
 
@@ -174,7 +175,9 @@ def check_format(path: Path) -> None:
         version = json.loads((path / FORMAT).read_text())["format_version"]
         later = version > FORMAT_VERSION
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{path} is not a run directory (it has no {FORMAT}). List runs with `capibara runs ls`.") from None
+        raise RunError(
+            f"{path} is not a run directory (it has no {FORMAT}). List runs with `capibara runs ls`."
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path / FORMAT} does not say which format the run has; it has been damaged.") from None
     if later:

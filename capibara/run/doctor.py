@@ -45,10 +45,12 @@ def doctor_text(findings: dict[str, Any]) -> str:
     """The findings for a person, with what to do about each problem."""
     lines = [
         f"python {findings['python']} on {findings['machine']}, {findings['cores']} cores, "
-        f"{findings['memory_free_gb']} of {findings['memory_gb']} GB memory free, {findings['disk_free_gb']} GB disk free",
+        f"{findings['memory_free_gb']} of {findings['memory_gb']} GB memory free, "
+        f"{findings['disk_free_gb']} GB disk free",
         "devices: " + (", ".join(findings["devices"]) or "none"),
         "versions: " + ", ".join(f"{name} {found or 'MISSING'}" for name, found in findings["versions"].items()),
-        "allocator: " + ("tuned" if findings["allocator_tuned"] else "as the system sets it (tuned on Linux with glibc)"),
+        "allocator: "
+        + ("tuned" if findings["allocator_tuned"] else "as the system sets it (tuned on Linux with glibc)"),
     ]
     if findings["problem"]:
         lines.append(f"problem: {findings['problem']}\n  set JAX_PLATFORMS=cpu to train on the CPU")

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, for people and plots. Nothing is decided by it; NaN is written as a string."""
+"""`metrics.jsonl`: one JSON object a line, for people and plots. NaN is written as a string."""
 
 from __future__ import annotations
 

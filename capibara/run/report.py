@@ -120,9 +120,11 @@ def verify_text(report: Report) -> str:
         f"{report.lines} certificates, {report.checkpoints} checkpoints, {report.replayed} of {report.kept} kept votes "
         f"replayed; last hash {report.head}"
     )
+    notes = [f"note {note}" for note in report.notes]
     if report.ok:
-        return f"good: {checked}"
-    return "\n".join([*(f"BAD  {p.place}: {p.what}" for p in report.problems), f"{len(report.problems)} problems; {checked}"])
+        return "\n".join([*notes, f"good: {checked}"])
+    bad = [f"BAD  {p.place}: {p.what}" for p in report.problems]
+    return "\n".join([*bad, *notes, f"{len(report.problems)} problem{'s' * (len(report.problems) > 1)}; {checked}"])
 
 
 def _loss(value: float | None) -> str:

@@ -68,8 +68,8 @@ def refuse_if_impossible(
     memory, disk = free_memory(), free_disk(path)
     if needs.memory > memory:
         raise RunError(
-            f"The run needs about {_readable(needs.memory)} of memory; {_readable(memory)} is free. Use a smaller model, "
-            "fewer nodes or a smaller batch."
+            f"The run needs about {_readable(needs.memory)} of memory; {_readable(memory)} is free. Use a smaller "
+            "model, fewer nodes or a smaller batch."
         )
     if needs.disk > disk:
         raise RunError(

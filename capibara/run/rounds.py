@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from capibara.consensus.certificate import line_hash, seal
 from capibara.errors import RunError
 from capibara.round import RoundPlan, RoundRecord, RoundState, first_state, quorum_error, run_round
-from capibara.run.checkpoint import newest_intact, save_checkpoint
+from capibara.run.checkpoint import newest_intact, prune, save_checkpoint
 from capibara.run.commit import RoundOnDisk, commit
 from capibara.run.directory import Run
 from capibara.tree import from_named_leaves, named_leaves
@@ -74,6 +74,9 @@ def rounds(
         state, record = run_round(plan, state, first_draw=first_draw, past_digests=seen, on_phase=on_phase)
         if done is not None:
             _must_repeat(done, record)
+            if state.round % plan.config.checkpoint_every == 0:
+                checkpoint(run, state, done["hash"])  # in the place of the damaged one
+                prune(run, plan.config.keep_checkpoints)
             on_note(f"Round {done['round']} was run again from an older checkpoint and reproduced its certificate.")
             yield RoundEvent(state, record, done, repeated=True)
             continue
@@ -86,9 +89,9 @@ def rounds(
         if state.refusals >= plan.config.max_refusals:
             final = line["final_gate"]
             raise RunError(
-                f"{state.refusals} rounds in a row were refused by the final gate (last: {final['parent']['mean']} nats "
-                f"against the parent, {final['anchor']['mean']} against the anchor). The model of the last committed "
-                f"round is intact; look at {run.path / 'rounds.jsonl'} for what the nodes sent, then resume."
+                f"{state.refusals} rounds in a row were refused by the final gate (last: {final['parent']['mean']} "
+                f"nats against the parent, {final['anchor']['mean']} against the anchor). The model of the last "
+                f"committed round is intact; look at {run.path / 'rounds.jsonl'} for what the nodes sent, then resume."
             )
 
 

@@ -33,12 +33,12 @@ def verify_run(path: Path | str, *, expect: str | None = None, replay: bool = Tr
 def vote_again(path: Path) -> Replay:
     """Repeats votes under the rule that the run's configuration names, which must be the one in the certificate.
 
-    A run that was made with rule objects cannot be replayed from its directory alone; each of its votes then reports so.
+    A run that was made with rule objects cannot be replayed from its directory alone; each of its votes reports so.
     """
 
     def replay(line: dict[str, Any], stack: dict[str, np.ndarray]):
         try:
-            config = ModularConfig.from_toml(path / "config.toml").consensus
+            config = ModularConfig.from_toml(path / "config.toml", environment={}).consensus
         except ConfigError as error:
             raise CertificateError(f"cannot be replayed: config.toml is not usable ({error})") from None
         if rule_entry(config) != line["rule"]:

@@ -74,7 +74,8 @@ class ConsensusResults:
         outcomes = [entry["outcome"] for entry in self.history]
         lines = [f"{self.rounds} rounds, {outcomes.count('committed')} committed, {outcomes.count('refused')} refused."]
         for node, reasons in sorted(self.accused().items()):
-            lines.append(f"node {node}: " + ", ".join(f"{r.replace('_', ' ')} in {k} rounds" for r, k in reasons.items()))
+            told = (f"{reason.replace('_', ' ')} in {count} rounds" for reason, count in reasons.items())
+            lines.append(f"node {node}: {', '.join(told)}")
         if self.before is not None and self.after is not None:
             change, se = self.after.against(self.before)
             lines.append(

@@ -1,4 +1,4 @@
-"""A run from configuration to result: builds the parts, trains in a run directory, judges the outcome on the test split.
+"""A run from configuration to result: builds the parts, trains in a run directory, judges it on the test split.
 
     with open_session(config) as session:
         results = session.train()
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from blake3 import blake3
 
 from capibara.consensus.gates import sequence_sums
-from capibara.core.config import ModularConfig
+from capibara.core.config import ModelConfig, ModularConfig
 from capibara.core.model import ModularCapibaraModel, objective, parameters, with_parameters
 from capibara.core.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from capibara.data.batches import TextSource, documents_of, open_source
@@ -105,12 +106,14 @@ class Session:
                 display.round_ends(event.line, loss, tokens * config.consensus.num_nodes, test and test.loss)
                 if not event.repeated:
                     metrics.write(
-                        round=event.line["round"], outcome=event.line["outcome"], loss=loss, test_loss=test and test.loss,
-                        node_loss=event.record.losses[:, -5:].mean(1).tolist(), timing=event.line["timing"],
-                        backing=event.line["quorum"]["backing"],
+                        round=event.line["round"], outcome=event.line["outcome"], loss=loss,
+                        test_loss=test and test.loss, node_loss=event.record.losses[:, -5:].mean(1).tolist(),
+                        timing=event.line["timing"], backing=event.line["quorum"]["backing"],
                     )  # fmt: skip
         logged = {entry["round"]: entry for entry in read_metrics(run.path / "metrics.jsonl")}
-        history = [_history(line, logged.get(line["round"], {})) for line in run.lines if line["outcome"] != "no_quorum"]
+        history = [
+            _history(line, logged.get(line["round"], {})) for line in run.lines if line["outcome"] != "no_quorum"
+        ]
         model = with_parameters(self.model, self.state.params)
         if hasattr(self.model, "tokenizer"):
             model.tokenizer = self.model.tokenizer
@@ -218,7 +221,7 @@ def reopen_session(path: Path, *, config: ModularConfig | None = None, **parts: 
         )
     run = Run.open(path)
     try:
-        return Session(config or ModularConfig.from_toml(run.path / "config.toml"), run, **parts)
+        return Session(config or ModularConfig.from_toml(run.path / "config.toml", environment={}), run, **parts)
     except BaseException:
         run.close()
         raise
@@ -233,14 +236,14 @@ def load_model(path: Path) -> ModularCapibaraModel:
     if (path / "model.safetensors").is_file():
         return ModularCapibaraModel.load(path)
     check_format(path)
-    config = ModularConfig.from_toml(path / "config.toml")
+    config = ModelConfig(**tomllib.loads((path / "config.toml").read_text())["model"])
     for folder in reversed(checkpoints(path)):
         try:
             sections, _ = load_checkpoint(folder)
         except CertificateError:
             continue
         tokenizer = load_tokenizer(path / "tokenizer.json")
-        model_config = type(config.model)(**{**config.model.model_dump(), "vocab_size": tokenizer.vocab_size})
+        model_config = ModelConfig(**{**dict(config), "vocab_size": tokenizer.vocab_size})
         model = with_parameters(ModularCapibaraModel(model_config), sections["params"])
         model.tokenizer = tokenizer
         return model
@@ -273,10 +276,8 @@ def num_rounds(config: ModularConfig, source: Source) -> int:
     """`training.num_rounds`, or ceil(epochs · training tokens / (n · H · tokens a step))."""
     if config.training.num_rounds is not None:
         return config.training.num_rounds
-    step = config.training.batch_size * source.tokens_per_sequence
-    return math.ceil(
-        config.training.num_epochs * source.train_tokens / (config.consensus.num_nodes * config.consensus.local_steps * step)
-    )
+    node_round = config.consensus.local_steps * config.training.batch_size * source.tokens_per_sequence
+    return math.ceil(config.training.num_epochs * source.train_tokens / (config.consensus.num_nodes * node_round))
 
 
 def next_run_path(folder: Path, kind: str) -> Path:
