@@ -1,7 +1,7 @@
 """A small problem with unequal nodes for end-to-end tests: handwritten digits, an MLP 64-32-10, Dirichlet shares.
 
     plan = digits.plan(ConsensusConfig(num_nodes=8, local_steps=5))
-    state = first_state(plan, digits.first_params())
+    for state, line in digits.run(plan, 50): ...
 
 A "sequence" is one example and holds one token, so every loss is in nats an example.
 The data are the 1,797 images of 8 × 8 pixels that scikit-learn carries (Alpaydin & Kaynak 1998); the file is read
@@ -11,6 +11,8 @@ without importing scikit-learn, which takes longer than all the rest.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +26,7 @@ import optax
 from capibara.consensus.config import ConsensusConfig
 from capibara.engines.base import Engine
 from capibara.errors import DataError
-from capibara.round import RoundPlan
+from capibara.round import RoundPlan, RoundState, first_state, run_round
 from capibara.strategies.plain import plain
 from capibara.training import vocabulary
 from capibara.types import Batch, Objective, PyTree, Strategy
@@ -110,8 +112,8 @@ def accuracy(params: PyTree, source: Digits | None = None) -> float:
     return float((np.asarray(logits(params, images[test])).argmax(-1) == labels[test]).mean())
 
 
-def sgd(learning_rate: float = 0.1, momentum: float = 0.9) -> Strategy:
-    """Plain SGD with momentum on the digits; one object per setting, so that it is compiled once."""
+def sgd(learning_rate: float = 0.1, momentum: float = 0.5) -> Strategy:
+    """SGD with momentum on the digits; one object per setting, so that it is compiled once."""
     return _sgd(learning_rate, momentum)
 
 
@@ -141,6 +143,19 @@ def plan(
         vocab_size=Digits.vocab_size,
         clock=clock,
     )
+
+
+def run(plan: RoundPlan, num_rounds: int, *, seed: int = 0) -> Iterator[tuple[RoundState, dict[str, Any]]]:
+    """States and certificate lines of a run without a disk; a round that finds no quorum goes on to new draws."""
+    state, seen, draw = first_state(plan, first_params(seed)), defaultdict(dict), 0
+    while state.round < num_rounds:
+        before = state.round
+        state, record = run_round(plan, state, first_draw=draw, past_digests=seen)
+        draw = record.line["draw"] + 1 if state.round == before else 0
+        if state.round > before:
+            for node in record.line["nodes"]:
+                seen[node["id"]].setdefault(node["digest"], before)
+        yield state, record.line
 
 
 @cache

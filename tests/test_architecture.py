@@ -37,6 +37,7 @@ LIGHT = (
     "capibara.runtime",
     "capibara.cli",
     "capibara.consensus.vocabulary",
+    "capibara.consensus.section",
     "capibara.consensus.config",
     "capibara.consensus.certificate",
     "capibara.core.config",

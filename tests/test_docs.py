@@ -73,6 +73,12 @@ def test_relative_links_resolve(name: str):
     assert not missing
 
 
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs" / "index.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert not pages - set(LINK.findall(index))
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_exist(name: str):
     for line in commands(DOCUMENTS[name].read_text()):

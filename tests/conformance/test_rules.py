@@ -133,6 +133,14 @@ def test_the_second_call_with_the_same_shapes_compiles_nothing(aggregator, least
     assert compilations == []
 
 
+def test_the_default_vote_compiles_once_for_any_number_of_rows_that_count(deltas, compilations):
+    aggregator = chain(voting.byzantine_tolerant(F), merge=merging.weighted_average())
+    for count in (N, N - 1, N - 2):
+        compilations.clear()
+        run(aggregator, deltas, (np.arange(N) < count).astype(float))
+    assert compilations == []
+
+
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
     """What JAX compiled since the list was last cleared, by its own log."""

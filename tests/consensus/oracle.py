@@ -39,7 +39,7 @@ def vote(
     outvote_at: float = 3.0,
     clip_norms: bool = True,
 ) -> Outcome:
-    """Steps 1 to 7 and the leash. `merge` is `mean`, `trimmed_mean` or `median`; weights are taken for sample counts."""
+    """Steps 1 to 7 and the leash; `merge` is `mean`, `trimmed_mean` or `median`, weights are sample counts."""
     n = len(deltas)
     weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
     everyone = [i for i in range(n) if weights[i] > 0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from statistics import NormalDist
 from typing import Any
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,8 @@ from capibara.consensus.attacks.rows import usual_shift
 from capibara.consensus.ballot import Aggregator, open_ballot
 from capibara.consensus.certificate import digest_rows
 from capibara.consensus.config import ConsensusConfig
+from capibara.consensus.vocabulary import ATTACKS as VOCABULARY
 from capibara.errors import ConfigError
-from capibara.round import first_state, run_round
 from capibara.training.vocabulary import aggregator
 from capibara.tree import named_leaves
 
@@ -258,17 +257,23 @@ def test_names_and_docstrings_say_which_attack_it_is(name: str):
 
 
 def test_an_attack_of_your_own_is_one_object():
-    """The example of docs/attacks.md, through a whole round."""
+    """Ten lines with a state; tests/test_unequal_nodes.py puts one through whole rounds."""
 
     def forge(view: AttackView, state: Any, key: Any) -> tuple[Any, Any]:
-        last = jax.tree.map(lambda leaf: leaf[view.honest[-1]], view.stack)
-        return replace_rows(view.stack, view.hostile, jax.tree.map(lambda leaf: -leaf, last)), state + 1
+        last = jax.tree.map(lambda leaf: -leaf[view.honest[-1]], view.stack)
+        return replace_rows(view.stack, view.hostile, last), state + 1
 
     mirror = Attack("mirror", init=lambda zeros, hostile: jnp.zeros((), jnp.int32), forge=forge)
     assert get_attack(mirror) is mirror
-    with jax.numpy_dtype_promotion("standard"):  # optax, see conftest
-        plan = digits.plan(ConsensusConfig(num_nodes=4, local_steps=2, attack=mirror))
-        state, record = run_round(plan, first_state(plan, digits.first_params()))
-    assert plan.hostile == (3,) and int(state.attack) == 1
-    for leaf in jax.tree.leaves(record.stack):
-        np.testing.assert_array_equal(leaf[3], -leaf[2])
+    assert ConsensusConfig(num_nodes=8, attack=mirror).attack_ids == (6, 7)
+    x = deltas()
+    np.testing.assert_array_equal(forged(mirror, view_of(x))[list(HOSTILE)], np.stack([-x[6], -x[6]]))
+
+
+def test_configurations_know_the_names():
+    """Before anything is built, and without importing JAX."""
+    assert set(VOCABULARY) == set(ATTACKS)
+    with pytest.raises(ConfigError, match="Unknown attack 'sign_flop'. Did you mean 'sign_flip'"):
+        ConsensusConfig(num_nodes=8, attack="sign_flop:2")
+    with pytest.raises(ConfigError, match="all 4 nodes; an attack needs at least one honest node"):
+        ConsensusConfig(num_nodes=4, attack="ipm", attack_nodes=(0, 1, 2, 3))

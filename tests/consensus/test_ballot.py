@@ -34,14 +34,15 @@ def test_gram_sees_differences_that_float32_products_would_lose():
     assert gram[0, 0] + gram[1, 1] - 2 * gram[0, 1] == pytest.approx(exact, rel=1e-6)
 
 
-@pytest.mark.parametrize("columns", [1, 7, 8, 63, 64, 65, 200])
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 16, 24, 200])
 def test_gram_does_not_depend_on_where_blocks_end(monkeypatch, columns):
-    monkeypatch.setattr(ballots, "BLOCK_COLUMNS", 8)
-    jax.clear_caches()
+    monkeypatch.setattr(ballots, "BLOCK_COLUMNS", 4)
+    monkeypatch.setattr(ballots, "BLOCKS", 2)
+    ballots._gram.clear_cache()
     deltas = np.random.default_rng(columns).normal(size=(3, columns)).astype(np.float32)
     expected = deltas.astype(np.float64) @ deltas.astype(np.float64).T
     np.testing.assert_allclose(gram_matrix({"w": jnp.asarray(deltas)}, np.ones(3)), expected, rtol=1e-12, atol=1e-12)
-    jax.clear_caches()
+    ballots._gram.clear_cache()
 
 
 @pytest.mark.parametrize("rubbish", [np.nan, np.inf, 1e30])
@@ -90,10 +91,11 @@ def test_distances_add_up_over_leaves(deltas):
     assert distance_from(one, other) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_verdict_holds_norms_and_cosines_of_the_raw_deltas(deltas):
+def test_the_verdict_holds_norms_and_cosines_of_the_raw_deltas():
+    deltas = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
     for merge in (merging.weighted_average(), merging.median()):
         aggregator = chain(voting.byzantine_tolerant(1), merge=merge)
-        delta, verdict, _ = aggregator.apply(open_ballot(as_stack(deltas), np.ones(6)), aggregator.init({}), None)
+        delta, verdict, _ = aggregator.apply(open_ballot(as_stack(deltas), np.ones(7)), aggregator.init({}), None)
         merged, raw = as_row(delta), deltas.astype(np.float64)
         norms = np.linalg.norm(raw, axis=1)
         np.testing.assert_allclose(verdict.norms, norms, rtol=1e-12)
@@ -105,7 +107,7 @@ def test_an_aggregator_needs_what_the_hungriest_of_its_rules_needs():
 
 
 def test_leaves_are_float32_and_keep_their_shapes(deltas):
-    aggregator = chain(voting.byzantine_tolerant(1), merge=merging.median())
+    aggregator = chain(voting.majority(), merge=merging.median())
     stack = as_stack(deltas)
     delta, _, _ = aggregator.apply(open_ballot(stack, np.ones(6)), aggregator.init({}), None)
     for leaf, many in zip(jax.tree.leaves(delta), jax.tree.leaves(stack), strict=True):

@@ -15,7 +15,7 @@ def rows(count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("count", range(1, 33))
 def test_the_comparators_sort_every_number_of_rows(count):
-    """A network that sorts every 0-1 sequence sorts everything (Knuth, 5.3.4); all of them to 12, 4,096 random above."""
+    """A network that sorts every 0-1 sequence sorts everything (Knuth, 5.3.4): all to 12 rows, 4,096 random above."""
     random = np.random.default_rng(count)
     bits = (
         (np.arange(2**count)[:, None] >> np.arange(count)) & 1
