@@ -72,7 +72,8 @@ def cells(done: dict[str, dict[str, Any]]) -> Iterator[Cell]:
         yield from of_seed(seed)
         for attack in worst:
             yield from (Cell(f"{FAULTY} liars", rule, attack, seed) for rule in ("vote", "vote, own rows"))
-    yield Cell("2 liars, inner state reset", "vote", worst[0] if worst else "optimised", changes=(("inner_state", "reset"),))
+    reset = (("inner_state", "reset"),)
+    yield Cell(f"{FAULTY} liars, inner state reset", "vote", worst[0] if worst else "optimised", changes=reset)
 
 
 class Bench:

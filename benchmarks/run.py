@@ -29,6 +29,10 @@ TIMEOUT_S = 1800
 MAIN, WITH_PEERS = "this environment", ".venv-peers"
 BENCHMARKS = {
     "import_cost": MAIN,
+    "certificates": MAIN,
+    "loss_memory": MAIN,
+    "step_vs_torch": WITH_PEERS,
+    "vote": WITH_PEERS,
 }
 """Name of the script to the environment it runs in: this one, or the one that `make peers` makes."""
 
