@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 RESULTS = HERE / "quality.jsonl"
 SUMS = HERE / ".quality"
-ROUNDS, STEPS, NODES, FAULTY = 20, 20, 8, 2
-TEST_SEQUENCES = 512
+ROUNDS, STEPS, NODES, FAULTY, TEST_SEQUENCES = 20, 20, 8, 2, 512
 ATTACKS = (
     "optimised", "alie", "ipm", "min_max", "label_flip", "sign_flip", "scale:-10", "mimic", "gaussian", "copy",
     "stale", "nan",
@@ -34,6 +33,11 @@ RULES: dict[str, dict[str, Any]] = {
 }
 REFERENCE = "6 honest nodes alone"
 WORST = 3
+SETTING = f"""A byte-level decoder of {{parameters:,}} parameters on the State of the Union speeches, split by
+president: {NODES} nodes, f = {FAULTY}, H = {STEPS} AdamW steps of 2 sequences of 64 tokens, {ROUNDS} rounds, the loss
+judged on {TEST_SEQUENCES} held-out sequences. The {FAULTY} liars are the last nodes; they know all honest deltas and
+the rule. The reference is the {NODES - FAULTY} honest nodes alone: what could be had without the liars."""
+
 
 
 class Cell(NamedTuple):
@@ -55,25 +59,28 @@ class Cell(NamedTuple):
 def cells(done: dict[str, dict[str, Any]]) -> Iterator[Cell]:
     """All runs in order of importance; the worst attacks are known only once the first seed is complete."""
     honest = f"{NODES} honest nodes"
+    liars = f"{FAULTY} liars"
+    reset = (("inner_state", "reset"),)
 
-    def of_seed(seed: int) -> Iterator[Cell]:
+    def without_liars(seed: int, rules: tuple[str, ...]) -> Iterator[Cell]:
         yield Cell(REFERENCE, "mean", seed=seed, nodes=NODES - FAULTY)
-        yield from (Cell(honest, rule, seed=seed) for rule in RULES)
+        yield from (Cell(honest, rule, seed=seed) for rule in rules)
         yield Cell("one node, the same tokens", "mean", seed=seed, nodes=1)
         yield from (Cell(f"{honest}, iid", rule, seed=seed, split="iid") for rule in ("vote", "mean"))
 
-    yield from of_seed(0)
-    for rule in ("vote", "vote, own rows", "trimmed mean", "multi-Krum", "mean"):
-        yield from (Cell(f"{FAULTY} liars", rule, attack) for attack in ATTACKS)
-    yield Cell(f"{honest}, inner state reset", "vote", changes=(("inner_state", "reset"),))
-    liars = [entry for entry in done.values() if entry["row"] == f"{FAULTY} liars" and entry["rule"] == "vote"]
-    worst = [e["attack"] for e in sorted(liars, key=lambda e: -e["loss"]) if e["seed"] == 0][:WORST]
+    yield from without_liars(0, tuple(RULES))
+    for rule in ("vote", "vote, own rows"):
+        yield from (Cell(liars, rule, attack) for attack in ATTACKS)
+    losses = {e["attack"]: e["loss"] for e in done.values() if (e["row"], e["rule"], e["seed"]) == (liars, "vote", 0)}
+    worst = sorted(losses, key=lambda attack: -losses[attack])[:WORST]
     for seed in (1, 2):
-        yield from of_seed(seed)
-        for attack in worst:
-            yield from (Cell(f"{FAULTY} liars", rule, attack, seed) for rule in ("vote", "vote, own rows"))
-    reset = (("inner_state", "reset"),)
-    yield Cell(f"{FAULTY} liars, inner state reset", "vote", worst[0] if worst else "optimised", changes=reset)
+        yield from without_liars(seed, ("vote", "vote, own rows", "mean"))
+        for rule in ("vote", "vote, own rows"):
+            yield from (Cell(liars, rule, attack, seed) for attack in worst)
+    yield Cell(f"{honest}, inner state reset", "vote", changes=reset)
+    yield from (Cell(f"{liars}, inner state reset", "vote", attack, changes=reset) for attack in worst[:1])
+    for rule in ("trimmed mean", "multi-Krum", "mean"):
+        yield from (Cell(liars, rule, attack) for attack in ATTACKS)
 
 
 class Bench:
@@ -153,8 +160,9 @@ class Bench:
                 break
         batch = plan.source.held_out("test", round=0, draw=0, count=TEST_SEQUENCES)
         sums, tokens = sequence_sums(plan.objective, state.params, batch)
-        SUMS.mkdir(exist_ok=True)
-        np.savez(SUMS / f"{cell.name.replace('|', '_').replace(':', '')}.npz", sums=sums, tokens=tokens)
+        if cell.row == REFERENCE:
+            SUMS.mkdir(exist_ok=True)
+            np.savez(reference_sums(cell.seed), sums=sums)
         rounds = max(len(outcomes), 1)
         return {
             "row": cell.row, "rule": cell.rule, "attack": cell.attack, "seed": cell.seed,
@@ -172,19 +180,26 @@ def against_reference(cell: Cell, sums: Any, tokens: Any) -> dict[str, float | N
 
     from capibara.consensus.gates import paired
 
-    path = SUMS / f"{REFERENCE}_mean_None_{cell.seed}.npz"
-    if not path.exists():
-        return {"difference": None, "se": None}
-    mean, se = paired((sums - np.load(path)["sums"])[None], tokens)
+    mean, se = paired((sums - np.load(reference_sums(cell.seed))["sums"])[None], tokens)
     return {"difference": float(mean[0]), "se": float(se[0])}
 
 
-def results() -> dict[str, dict[str, Any]]:
-    """Finished runs by name."""
+def reference_sums(seed: int) -> Path:
+    """Where the test losses of the n − f honest nodes alone are kept, sequence by sequence."""
+    return SUMS / f"reference-{seed}.npz"
+
+
+def results(everything: bool = False) -> dict[str, dict[str, Any]]:
+    """Finished runs by name; a reference whose sums are not on this machine counts only for `everything`."""
     if not RESULTS.exists():
         return {}
     entries = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {f"{e['row']}|{e['rule']}|{e['attack']}|{e['seed']}": e for e in entries}
+    named = {f"{e['row']}|{e['rule']}|{e['attack']}|{e['seed']}": e for e in entries}
+    return {
+        name: e
+        for name, e in named.items()
+        if everything or e["row"] != REFERENCE or reference_sums(e["seed"]).exists()
+    }
 
 
 def main() -> None:
@@ -192,9 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="write docs/quality.md from the finished runs")
     if parser.parse_args().table:
-        from quality_table import write
+        from _quality_table import write
 
-        write(list(results().values()))
+        entries, honest = list(results(everything=True).values()), f"{NODES} honest nodes"
+        write(
+            entries, reference=REFERENCE, honest=honest, liars=f"{FAULTY} liars", rules=tuple(RULES), attacks=ATTACKS,
+            setting=SETTING.format(parameters=entries[0]["parameters"] if entries else 0),
+        )  # fmt: skip
         return
     from capibara.runtime import prepare_process
 
