@@ -147,7 +147,8 @@ def _findings(
             met = "met" if _percent(worst, base) <= AIM_WORST else "**not met**"
             told.append(
                 f"- {rule}: the worst of {len(attacked)} runs under attack is `{worst['attack']}` (seed "
-                f"{worst['seed']}): {_percent(worst, base):+.2f} % against {reference}; the aim, at most {AIM_WORST:g} %, is {met}."
+                f"{worst['seed']}): {_percent(worst, base):+.2f} % against {reference}; the aim, at most "
+                f"{AIM_WORST:g} %, is {met}."
             )
         taxes = [
             100 * (e["loss"] - mean["loss"]) / mean["loss"]
