@@ -30,7 +30,7 @@ from capibara.run.checkpoint import checkpoints, load_checkpoint, newest_intact
 from capibara.run.directory import Run, check_format
 from capibara.run.metrics import MetricsWriter, read_metrics
 from capibara.run.progress import Display
-from capibara.run.resources import estimate, refuse_if_impossible
+from capibara.run.resources import Needs, estimate, refuse_if_impossible
 from capibara.run.rounds import checkpoint, resume_state, rounds
 from capibara.training import vocabulary
 from capibara.training.results import ConsensusResults, Judgement
@@ -83,7 +83,7 @@ class Session:
         """
         config, run = self.config, self.run
         display = display or self.display(enabled=False)
-        self._check_room()
+        display.note(f"This run needs {self._check_room()}.")
         for note in run.notes:
             display.note(note)
         start = resume_state(self.plan, self.params, run, lambda note: None)
@@ -164,7 +164,7 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check_room(self) -> None:
+    def _check_room(self) -> Needs:
         config = self.config
         shapes = jax.eval_shape(self.plan.strategies[0].init, self.params)
         batch = self.plan.batch_size * self.source.tokens_per_sequence // config.training.accumulation_steps
@@ -180,6 +180,7 @@ class Session:
             all_at_once=jax.default_backend() != "cpu",
         )
         refuse_if_impossible(needs, self.run.path)
+        return needs
 
 
 def open_session(config: ModularConfig, *, run_dir: Path | None = None, kind: str = "train", **parts: Any) -> Session:
