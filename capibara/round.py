@@ -69,6 +69,11 @@ class RoundPlan(NamedTuple):
         return deal(self.strategies, self.config.num_nodes)
 
     @property
+    def needed(self) -> int:
+        """Nodes that must back a commit: the configuration's quorum, or more where the vote needs more rows."""
+        return max(self.config.needed, self.aggregator.least)
+
+    @property
     def hostile(self) -> tuple[int, ...]:
         """The nodes that the simulated attack controls."""
         return self.config.attack_ids if self.attack else ()
@@ -190,11 +195,11 @@ def run_round(
             returned = _train(plan, state, draw, number_of, ask)
         held = returned if held is None else join(plan.cohorts, held, returned, ask)
         attempt = _vote(plan, state, held, draw, past_digests or {}, watch)
-        if attempt.backing >= config.needed or number_of >= config.max_retries:
+        if attempt.backing >= plan.needed or number_of >= config.max_retries:
             break
         number_of += 1
         missing = tuple(node for node in everyone if held.reasons.get(node) in UNDELIVERED)
-        if missing and attempt.backing + len(missing) >= config.needed:
+        if missing and attempt.backing + len(missing) >= plan.needed:
             ask = missing
         else:
             draw, ask, held = draw + 1, everyone, None
@@ -211,11 +216,11 @@ def run_round(
             _strategy_names(plan), attempt.reasons, attempt.digests, attempt.norms, attempt.quality, attempt.verdict
         ),
         "duplicates": duplicate_groups(attempt.digests, attempt.norms),
-        "quorum": {"needed": config.needed, "backing": attempt.backing},
+        "quorum": {"needed": plan.needed, "backing": attempt.backing},
         "extensions": {},
     } | dict.fromkeys(MERGE_FIELDS)
     next_state = state
-    if attempt.backing < config.needed:
+    if attempt.backing < plan.needed:
         line["outcome"] = "no_quorum"
     else:
         next_state = _decide(plan, state, attempt, draw, line, watch)
@@ -301,7 +306,7 @@ def _vote(
             reasons = strictest(flags, num_nodes)
             ballot = open_ballot(returned.stack, np.array([reason == "backed" for reason in reasons], np.float32))
         delta, verdict, rule = None, None, state.rule
-        if reasons.count("backed") >= plan.config.needed:
+        if reasons.count("backed") >= plan.needed:
             delta, verdict, rule = plan.aggregator.apply(ballot, state.rule, key)
             flags.append(("outvoted", ~np.asarray(verdict.backing)))
             reasons = strictest(flags, num_nodes)

@@ -128,6 +128,17 @@ def test_when_all_delivered_and_too_few_pass_everyone_trains_anew_on_another_dra
     assert tries == [(node, attempt) for attempt in (0, 1) for node in range(5)]
 
 
+def test_fewer_rows_than_the_rule_needs_are_no_quorum_and_no_error():
+    """multi_krum with f = 2 needs 2f + 3 = 7 rows; n − f = 6 nodes would do for a commit."""
+    broken = lambda node, attempt, delta: jax.tree.map(lambda x: x * jnp.nan, delta) if node < 2 else delta  # noqa: E731
+    plan = tiny.plan(num_nodes=8, voting_strategy="multi_krum", engine=InlineEngine(broken), max_retries=0)
+    state = first_state(plan, tiny.first_params())
+    after, record = run_round(plan, state)
+    assert after is state
+    assert record.line["outcome"] == "no_quorum" and record.line["quorum"] == {"needed": 7, "backing": 6}
+    assert "6 of 8 nodes back a commit and 7 are needed" in str(quorum_error(record.line))
+
+
 def test_all_nodes_bad_find_no_quorum_and_leave_everything_as_it_was():
     nothing = lambda node, attempt, delta: raise_error(delta)  # noqa: E731
     plan = tiny.plan(engine=InlineEngine(nothing), max_retries=2)
