@@ -1,4 +1,4 @@
-"""What is set once per process, before JAX starts: allocator thresholds and threads.
+"""What is set per process: allocator thresholds before JAX starts, and when a Ctrl-C may arrive.
 
 XLA on CPU allocates its outputs anew at every execution; glibc maps large ones afresh each time, and the page faults
 cost about a third of a training step. Keeping the memory in the heap removes them (`benchmarks/allocator.py`).
@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
 
@@ -37,3 +42,24 @@ def prepare_process() -> None:
     """What our own command and workers do before JAX starts: tunes the allocator, and keeps log noise of XLA away."""
     tune_allocator()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Lets a Ctrl-C take effect only when the block has ended well.
+
+    For a commit, which should not be left half done, and for importing compiled modules, some of which abort the
+    process when they are interrupted. Does nothing outside the main thread, or where nobody handles interrupts.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    arrived: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if arrived:
+        handler(*arrived[0])

@@ -2,7 +2,8 @@
 
     kept deltas → checkpoint → certificate line (the commit point) → prune
 
-Until the line is on the medium, reopening the run discards what was written for it; from then on all of it is there.
+Until the line is on the medium, reopening the run discards what was written for it; from then on all of it is there. A
+Ctrl-C waits until the commit is over.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from capibara.run.checkpoint import prune, save_checkpoint, save_deltas
 from capibara.run.directory import Run
+from capibara.runtime import interrupts_wait
 
 
 class RoundOnDisk(NamedTuple):
@@ -39,9 +41,10 @@ def commit(run: Run, done: RoundOnDisk, keep_checkpoints: int) -> None:
     Raises:
       RunError: If the disk is full or not writable; the run is then as it was before the round.
     """
-    if done.rows is not None:
-        save_deltas(run, done.line["round"], done.rows, done.merged)
-    if done.sections is not None:
-        save_checkpoint(run, done.number, done.sections, {"head": done.line["hash"], **done.numbers})
-    run.append(done.line)
-    prune(run, keep_checkpoints)
+    with interrupts_wait():
+        if done.rows is not None:
+            save_deltas(run, done.line["round"], done.rows, done.merged)
+        if done.sections is not None:
+            save_checkpoint(run, done.number, done.sections, {"head": done.line["hash"], **done.numbers})
+        run.append(done.line)
+        prune(run, keep_checkpoints)

@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 CERTIFICATES = "rounds.jsonl"
 FORMAT = "format.json"
 LOCK = ".lock"
+SOLO = "solo.json"
+"""The file that tells a run of `UnifiedTrainer` (`capibara.training.solo`) from one of a consensus."""
 FOLDERS = ("checkpoints", "logs", "deltas")
 
 
@@ -122,6 +124,15 @@ class Run:
             ) from error
         self.lines.append(line)
 
+    def discard(self) -> None:
+        """Removes a run in which nothing has been trained yet, as far as it can be, and releases the lock."""
+        if not self.lines and not any((self.path / "checkpoints").glob("*")):
+            with suppress(OSError):
+                for entry in self.path.iterdir():
+                    self.files.remove(entry)
+                self.path.rmdir()
+        self.close()
+
     def close(self) -> None:
         """Releases the lock."""
         if self._lock >= 0:
@@ -175,9 +186,8 @@ def check_format(path: Path) -> None:
         version = json.loads((path / FORMAT).read_text())["format_version"]
         later = version > FORMAT_VERSION
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(
-            f"{path} is not a run directory (it has no {FORMAT}). List runs with `capibara runs ls`."
-        ) from None
+        what = f"{path} is not a run directory (it has no {FORMAT})" if path.exists() else f"There is no run {path}"
+        raise RunError(f"{what}. List runs with `capibara runs ls`.") from None
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path / FORMAT} does not say which format the run has; it has been damaged.") from None
     if later:

@@ -17,14 +17,14 @@ NEEDED = ("jax", "flax", "optax", "numpy", "pydantic", "safetensors", "tokenizer
 
 def examine() -> dict[str, Any]:
     """JAX and its devices, versions, memory, disk, the allocator, and the optional packages; all as JSON types."""
-    import jax
-
     from capibara.runtime import tune_allocator
 
     memory = psutil.virtual_memory()
     try:
+        import jax
+
         devices, problem = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()], None
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         devices, problem = [], str(error)
     return {
         "python": platform.python_version(),
@@ -53,7 +53,7 @@ def doctor_text(findings: dict[str, Any]) -> str:
         + ("tuned" if findings["allocator_tuned"] else "as the system sets it (tuned on Linux with glibc)"),
     ]
     if findings["problem"]:
-        lines.append(f"problem: {findings['problem']}\n  set JAX_PLATFORMS=cpu to train on the CPU")
+        lines.append(f"problem: {findings['problem']}\n  JAX_PLATFORMS=cpu in the environment trains on the CPU")
     lines += [f"optional: {name} is not installed: {how}" for name, how in findings["missing"].items()]
     return "\n".join(lines)
 

@@ -1,4 +1,7 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere.
+"""What a person sees while a run goes on: a line that lives on a terminal, and one plain line a round everywhere.
+
+    round 3/8  step 60  loss 2.9134  test 2.8860  5,120 tokens/s  0:41 left  backing 6/8  committed  (6, 7 outvoted)
+    ⠹ round 4/8  train  step 60  loss 2.9134  5,120 tokens/s  0:38 left  backing 6/8  0:24 elapsed
 
 Everything goes to standard error, so that standard output carries the result alone.
 """
@@ -14,6 +17,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from capibara.run.report import kept_out
+
+FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+
 
 class Display:
     """Shows rounds as they happen: step, loss, tokens/s, time left and how many nodes back the commit.
@@ -23,6 +30,7 @@ class Display:
       num_nodes: Nodes, for the backing.
       steps: Local steps a round.
       enabled: False prints nothing.
+      console: Where to; standard error if None.
       clock: Seconds, monotonic.
     """
 
@@ -38,8 +46,12 @@ class Display:
     ):
         self.num_rounds, self.num_nodes, self.steps, self.clock = num_rounds, num_nodes, steps, clock
         self.console = console or Console(stderr=True, quiet=not enabled)
-        live = enabled and self.console.is_terminal and not os.environ.get("CI")
-        self.live = Live(console=self.console, refresh_per_second=8, transient=True) if live else None
+        is_live = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
+        self.live = (
+            Live(console=self.console, get_renderable=self.line, refresh_per_second=8, transient=True)
+            if enabled and is_live
+            else None
+        )
         self.began = self.round_began = clock()
         self.durations: list[float] = []
         self.last, self.finished, self.phase = "", 0, "starting"
@@ -57,16 +69,16 @@ class Display:
         """Says where a resumed run stands."""
         self.finished, self.round_began = finished, self.clock()
         if finished:
-            self.note(f"{finished} of {self.num_rounds} rounds are on disk; going on.")
+            then = "going on." if finished < self.num_rounds else "nothing is left to do."
+            self.note(f"{finished} of {self.num_rounds} rounds are on disk; {then}")
 
     def phase_begins(self, phase: str) -> None:
         """Names what the round is doing now."""
-        self.phase = phase
-        self._draw()
+        self.phase = phase.replace("_", " ")
 
     def note(self, text: str) -> None:
-        """One sentence that stays on the screen."""
-        self.console.print(Text(text), highlight=False)
+        """One sentence that stays on the screen, however long, on a line of its own."""
+        self.console.print(Text(text), soft_wrap=True)
 
     def round_ends(self, line: dict[str, Any], loss: float, tokens: int, test_loss: float | None) -> None:
         """Prints the round that has just been committed or refused."""
@@ -74,27 +86,36 @@ class Display:
         seconds = now - self.round_began
         self.durations.append(seconds)
         self.round_began, self.finished = now, line["round"] + 1
-        rest = sum(self.durations[-5:]) / len(self.durations[-5:]) * (self.num_rounds - self.finished)
-        named = ", ".join(
-            f"node {n['id']} {n['reason'].replace('_', ' ')}" for n in line["nodes"] if n["reason"] != "backed"
-        )
         test = f"  test {test_loss:.4f}" if test_loss is not None else ""
         self.last = (
-            f"round {self.finished}/{self.num_rounds}  step {self.finished * self.steps}  loss {loss:.4f}{test}  "
-            f"{tokens / max(seconds, 1e-9):,.0f} tokens/s  {_duration(rest)} left  "
-            f"backing {line['quorum']['backing']}/{self.num_nodes}"
+            f"step {self.finished * self.steps}  loss {loss:.4f}{test}  {tokens / max(seconds, 1e-9):,.0f} tokens/s  "
+            f"{duration(self.seconds_left())} left  backing {line['quorum']['backing']}/{self.num_nodes}"
         )
-        self.note(f"{self.last}  {line['outcome']}" + (f"  ({named})" if named else ""))
-        self._draw()
+        out = kept_out([node["reason"] for node in line["nodes"]])
+        named = f"  ({out})" if out else ""
+        self.note(f"round {self.finished}/{self.num_rounds}  {self.last}  {line['outcome']}{named}")
 
-    def _draw(self) -> None:
-        if self.live:
-            done = f"{self.finished}/{self.num_rounds}"
-            elapsed = _duration(self.clock() - self.began)
-            self.live.update(Text(f"⠿ round {done}  {self.phase.replace('_', ' ')}  {elapsed} elapsed", style="dim"))
+    def seconds_left(self) -> float:
+        """From the last rounds; the first one, which compiles, counts only while it is the only one."""
+        recent = self.durations[1:][-5:] or self.durations
+        return sum(recent) / len(recent) * (self.num_rounds - self.finished) if recent else 0.0
+
+    def line(self) -> Text:
+        """The live line as it is now."""
+        now = self.clock()
+        frame = FRAMES[int(now * 8) % len(FRAMES)] if self.console.encoding.startswith("utf") else "*"
+        phase = self.phase if self.durations or self.phase == "starting" else f"{self.phase}, compiling"
+        parts = [
+            f"{frame} round {min(self.finished + 1, self.num_rounds)}/{self.num_rounds}",
+            phase,
+            *([self.last] if self.last else []),
+            f"{duration(now - self.began)} elapsed",
+        ]
+        return Text("  ".join(parts), style="dim", no_wrap=True, overflow="ellipsis")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`0:07`, `12:30`, `1:02:03`."""
     minutes, seconds = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -20,7 +20,7 @@ from typing import Any
 from capibara.consensus.certificate import GENESIS, check_link, digest_tree, parse_line
 from capibara.errors import CapibaraError, CertificateError
 from capibara.run.checkpoint import checkpoints, load_checkpoint, load_deltas
-from capibara.run.directory import CERTIFICATES, check_format
+from capibara.run.directory import CERTIFICATES, SOLO, check_format
 from capibara.run.verify_votes import Replay, delta_problems, replay_problems
 
 UNDONE = "no_quorum"
@@ -90,6 +90,10 @@ def verify(path: Path | str, *, expect: str | None = None, replay: Replay | None
     lines = _check_lines(path, report)
     known = {number: line for number, line in enumerate(lines, 1) if line is not None}
     report.lines = len(lines)
+    if (path / SOLO).is_file():
+        report.notes.append("This is one model of UnifiedTrainer: it has checkpoints and no votes.")
+    elif not lines:
+        report.notes.append("No round has been finished yet, so there is nothing to check but the files.")
     report.head = next((line["hash"] for line in reversed(known.values())), GENESIS)
     _check_expected(lines, expect, report)
     _check_order(known, report)
@@ -127,12 +131,11 @@ def _check_lines(path: Path, report: Report) -> list[dict[str, Any] | None]:
 
 
 def _check_expected(lines: list[dict[str, Any] | None], expect: str | None, report: Report) -> None:
-    if expect is None:
+    if expect is None and lines:
         report.notes.append(
             "No hash was given to expect: whoever can write the run can rewrite the whole chain, or remove its end."
         )
-        return
-    if report.head == expect:
+    if expect in (None, report.head):
         return
     numbers = [number for number, line in enumerate(lines, 1) if line and line["hash"] == expect]
     if numbers:
@@ -235,7 +238,7 @@ def _check_deltas(path: Path, known: dict[int, dict[str, Any]], replay: Replay |
             report.blame(f"deltas/{name}", "belongs to a certificate that is not in this run.")
         else:
             report.notes.append(f"deltas/{name} belongs to a round that is not committed; resuming removes it.")
-    if not report.kept:
+    if voted and not report.kept and not expected:
         report.notes.append("No deltas were kept (keep_deltas = false), so no vote could be repeated.")
 
 

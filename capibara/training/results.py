@@ -32,6 +32,16 @@ class Judgement:
         se = np.sqrt((residual**2).sum() * count / max(count - 1, 1)) / self.tokens.sum()
         return float(mean), float(se)
 
+    def told(self, before: Judgement) -> str:
+        """The change since `before` in words, and whether it is more than two standard errors."""
+        change, se = self.against(before)
+        clear = "lower by" if change < -2 * se else "higher by" if change > 2 * se else "changed by no"
+        return (
+            f"{before.loss:.4f} → {self.loss:.4f} nats a token "
+            f"(change {change:+.4f} ± {se:.4f}, paired, {len(self.sums)} sequences): "
+            f"{clear} more than two standard errors"
+        )
+
 
 @dataclass(frozen=True)
 class ConsensusResults:
@@ -69,19 +79,26 @@ class ConsensusResults:
                     reasons[reason] = reasons.get(reason, 0) + 1
         return found
 
+    def named(self) -> list[int]:
+        """The nodes that were kept out in more than half of the rounds."""
+        return [node for node, reasons in sorted(self.accused().items()) if 2 * sum(reasons.values()) > self.rounds]
+
     def summary(self) -> str:
         """A few plain lines: rounds, who was kept out, test loss, where the certificates are."""
-        outcomes = [entry["outcome"] for entry in self.history]
+        outcomes, accused = [entry["outcome"] for entry in self.history], self.accused()
         lines = [f"{self.rounds} rounds, {outcomes.count('committed')} committed, {outcomes.count('refused')} refused."]
-        for node, reasons in sorted(self.accused().items()):
-            told = (f"{reason.replace('_', ' ')} in {count} rounds" for reason, count in reasons.items())
-            lines.append(f"node {node}: {', '.join(told)}")
+        told = {
+            node: ", ".join(f"{reason.replace('_', ' ')} in {count}" for reason, count in reasons.items())
+            for node, reasons in sorted(accused.items())
+        }
+        if self.named():
+            nodes = " and ".join(f"node {node} ({told[node]} of {self.rounds} rounds)" for node in self.named())
+            lines.append(f"Named as lying or broken: {nodes}.")
+        others = "; ".join(f"node {node} {why}" for node, why in told.items() if node not in self.named())
+        if others:
+            lines.append(f"Kept out now and then: {others} of {self.rounds} rounds.")
         if self.before is not None and self.after is not None:
-            change, se = self.after.against(self.before)
-            lines.append(
-                f"test loss {self.before.loss:.4f} → {self.after.loss:.4f} nats a token "
-                f"(change {change:+.4f} ± {se:.4f}, paired, {len(self.after.sums)} sequences)"
-            )
+            lines.append(f"test loss {self.after.told(self.before)}")
         lines.append(f"certificates: {self.certificate_path} (last hash {self.head[:16]}…)")
         return "\n".join(lines)
 
@@ -91,6 +108,7 @@ class ConsensusResults:
             "rounds": self.rounds,
             "history": self.history,
             "accused": {str(node): reasons for node, reasons in self.accused().items()},
+            "named": self.named(),
             "run": str(self.run_path),
             "certificates": str(self.certificate_path),
             "head": self.head,
@@ -134,11 +152,7 @@ class TrainingResults:
             if skipped:
                 lines.append(f"{skipped} steps were skipped: their loss or gradient was not finite.")
         if self.before is not None and self.after is not None:
-            change, se = self.after.against(self.before)
-            lines.append(
-                f"eval loss {self.before.loss:.4f} → {self.after.loss:.4f} nats a token "
-                f"(change {change:+.4f} ± {se:.4f}, paired, {len(self.after.sums)} sequences)"
-            )
+            lines.append(f"eval loss {self.after.told(self.before)}")
         return "\n".join([*lines, f"run: {self.run_path}"])
 
     def to_json(self) -> dict[str, Any]:

@@ -27,18 +27,16 @@ from capibara.data.batches import TextSource, documents_of, open_source
 from capibara.errors import CertificateError, ConfigError, RunError
 from capibara.round import RoundPlan, RoundState
 from capibara.run.checkpoint import checkpoints, load_checkpoint, newest_intact
-from capibara.run.directory import Run, check_format
-from capibara.run.metrics import MetricsWriter, read_metrics
+from capibara.run.directory import SOLO, Run, check_format
+from capibara.run.metrics import MetricsWriter
 from capibara.run.progress import Display
+from capibara.run.report import history
 from capibara.run.resources import Needs, estimate, refuse_if_impossible
 from capibara.run.rounds import checkpoint, resume_state, rounds
 from capibara.training import vocabulary
 from capibara.training.results import ConsensusResults, Judgement
 from capibara.tree import num_bytes
 from capibara.types import Objective, Source
-
-SOLO = "solo.json"
-"""The file that tells a run of `UnifiedTrainer` (`capibara.training.solo`) from one of a consensus."""
 
 
 class Session:
@@ -110,10 +108,6 @@ class Session:
                         test_loss=test and test.loss, node_loss=event.record.losses[:, -5:].mean(1).tolist(),
                         timing=event.line["timing"], backing=event.line["quorum"]["backing"],
                     )  # fmt: skip
-        logged = {entry["round"]: entry for entry in read_metrics(run.path / "metrics.jsonl")}
-        history = [
-            _history(line, logged.get(line["round"], {})) for line in run.lines if line["outcome"] != "no_quorum"
-        ]
         model = with_parameters(self.model, self.state.params)
         if hasattr(self.model, "tokenizer"):
             model.tokenizer = self.model.tokenizer
@@ -122,7 +116,7 @@ class Session:
         return ConsensusResults(
             consensus_model=model,
             rounds=self.state.round,
-            history=history,
+            history=history(run.path, [line for line in run.lines if line["outcome"] != "no_quorum"]),
             certificate_path=run.path / "rounds.jsonl",
             run_path=run.path,
             head=run.head,
@@ -141,12 +135,11 @@ class Session:
         return Judgement(float(sums.sum() / tokens.sum()), sums, tokens)
 
     def save(self) -> int:
-        """Writes the newest state as a checkpoint, if it is not one already; returns the rounds it holds."""
-        if self.state is None or self.state.round == 0:
-            return 0
+        """Writes the newest state as a checkpoint, if it is not one already; returns the rounds that are on disk."""
         done = [line for line in self.run.lines if line["outcome"] != "no_quorum"]
-        if self.state.round == len(done) and newest_intact(self.run).meta.get("round") != self.state.round:
-            checkpoint(self.run, self.state, done[-1]["hash"])
+        state = self.state
+        if state and 0 < state.round == len(done) and newest_intact(self.run).meta.get("round") != state.round:
+            checkpoint(self.run, state, done[-1]["hash"])
         return len(done)
 
     def display(self, enabled: bool = True) -> Display:
@@ -200,7 +193,7 @@ def open_session(config: ModularConfig, *, run_dir: Path | None = None, kind: st
     try:
         return Session(config, run, **parts)
     except BaseException:
-        run.close()
+        run.discard()
         raise
 
 
@@ -331,15 +324,3 @@ def activation_bytes_per_token(config: ModularConfig) -> int:
     recomputes = config.training.gradient_checkpointing
     kept = block + model.num_layers * model.width if recomputes else model.num_layers * block
     return 4 * (kept + 3 * min(model.vocab_size, 8192))
-
-
-def _history(line: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "round": line["round"],
-        "outcome": line["outcome"],
-        "loss": logged.get("loss"),
-        "test_loss": logged.get("test_loss"),
-        "backing": line["quorum"]["backing"],
-        "reasons": [node["reason"] for node in line["nodes"]],
-        "seconds": sum(line.get("timing", {}).get("phases_s", {}).values()),
-    }
