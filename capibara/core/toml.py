@@ -290,6 +290,6 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):  # rules, merges, attacks are NamedTuples
         return [_plain_value(one) for one in value]
     return value if isinstance(value, (str, int, float, bool)) or value is None else written(value)

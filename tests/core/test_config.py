@@ -7,6 +7,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capibara.consensus.attacks import Attack
+from capibara.consensus.ballot import Merge, Rule
 from capibara.consensus.config import ConsensusConfig
 from capibara.core import model as models
 from capibara.core.config import BLOCK_KINDS, DataConfig, ModelConfig, ModularConfig, TrainingConfig
@@ -174,6 +176,21 @@ def test_an_object_is_written_as_one_and_cannot_be_read_back(tmp_path):
         ModularConfig.from_toml(path)
     assert "voting_strategy was given as an object, <object mine>, which a file cannot hold." in str(error.value)
     assert "pass the object again" in str(error.value) and 'voting_strategy = "<object mine>"' in str(error.value)
+
+
+def test_rules_merges_and_attacks_are_written_by_name_and_digested_without_their_addresses():
+    """They are NamedTuples, which must not be taken for lists of functions."""
+
+    def config() -> ModularConfig:
+        rule, merge = Rule("mine", lambda params: (), lambda *ballot: ballot), Merge("middle", leaf=lambda rows: rows[0])
+        parts = {"voting_strategy": rule, "merge_strategy": merge, "attack": Attack("lies"), "strategies": (rule,)}
+        return ModularConfig(consensus=ConsensusConfig(num_nodes=5, **parts))
+
+    text = config().to_toml()
+    for name in ("mine", "middle", "lies"):
+        assert f'= "<object {name}>"' in text
+    assert 'strategies = ["<object mine>"]' in text
+    assert config().digest() == config().digest()
 
 
 def test_the_names_of_blocks_are_those_of_the_model():
