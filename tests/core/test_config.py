@@ -182,7 +182,8 @@ def test_rules_merges_and_attacks_are_written_by_name_and_digested_without_their
     """They are NamedTuples, which must not be taken for lists of functions."""
 
     def config() -> ModularConfig:
-        rule, merge = Rule("mine", lambda params: (), lambda *ballot: ballot), Merge("middle", leaf=lambda rows: rows[0])
+        rule = Rule("mine", lambda params: (), lambda *ballot: ballot)
+        merge = Merge("middle", leaf=lambda rows: rows[0])
         parts = {"voting_strategy": rule, "merge_strategy": merge, "attack": Attack("lies"), "strategies": (rule,)}
         return ModularConfig(consensus=ConsensusConfig(num_nodes=5, **parts))
 
