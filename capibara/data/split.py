@@ -13,11 +13,10 @@ SPLITS = ("train", *HELD_OUT)
 
 def split_of(text: str, held_out_fraction: float) -> str:
     """The split of a document, by its hash alone: equal texts always fall into the same split."""
-    if held_out_fraction == 0:
-        return "train"
     share = int.from_bytes(blake3(text.encode()).digest()[:8], "little") / 2**64
-    part = int(share / held_out_fraction * len(HELD_OUT))
-    return HELD_OUT[part] if part < len(HELD_OUT) else "train"
+    if share >= held_out_fraction:
+        return "train"
+    return HELD_OUT[min(int(share / held_out_fraction * len(HELD_OUT)), len(HELD_OUT) - 1)]
 
 
 def deal(how: str, num_nodes: int, sizes: np.ndarray, values: list[str] | None, seed: int) -> list[np.ndarray]:
@@ -90,8 +89,9 @@ def _dirichlet(num_nodes: int, sizes: np.ndarray, values: list[str] | None, gamm
         codes = np.unique(np.array(values), return_inverse=True)[1]
     rng = np.random.default_rng([seed, 2])
     owner = np.empty(len(sizes), np.int64)
-    for code in range(int(codes.max()) + 1):
-        members = rng.permutation(np.flatnonzero(codes == code))
+    order = np.argsort(codes, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
+        members = rng.permutation(members)
         edges = np.cumsum(rng.dirichlet(np.full(num_nodes, gamma)))
         middle = (np.cumsum(sizes[members]) - sizes[members] / 2) / max(sizes[members].sum(), 1)
         owner[members] = np.minimum(np.searchsorted(edges, middle), num_nodes - 1)
