@@ -27,7 +27,7 @@ def schedule(
       total_steps: Steps of the whole training, warm-up included.
       warmup_steps: Linear from 0; cut to half of `total_steps` where the training is shorter than that.
       min_ratio: Final learning rate over the peak.
-      decay_fraction: Share of the steps that decay, for `wsd`.
+      decay_fraction: Share of the steps that decay, for `wsd`; cut to the steps after the warm-up.
 
     Raises:
       ConfigError: For an unknown name or no steps.
@@ -41,8 +41,8 @@ def schedule(
     if name == "cosine":
         after = optax.cosine_decay_schedule(peak, max(rest, 1), alpha=min_ratio)
     elif name == "wsd":
-        decay = max(int(round(total_steps * decay_fraction)), 1)
-        stable = max(rest - decay, 0)
+        decay = min(max(round(total_steps * decay_fraction), 1), rest)
+        stable = rest - decay
         after = optax.join_schedules(
             [optax.constant_schedule(peak), optax.linear_schedule(peak, peak * min_ratio, decay)], [stable]
         )
