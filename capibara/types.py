@@ -37,10 +37,15 @@ class Objective(NamedTuple):
     Attributes:
       loss: `(params, batch[B, ...], key) -> (scalar, dict of scalars)`, the mean training loss of one batch.
       sequence_losses: `(params, batch[B, ...]) -> (float32[B] summed loss in nats, float32[B] tokens)`.
+      token_losses: `(params, batch[B, ...]) -> (float32[B, T] nats, bool[B, T] where the target counts)`; None where
+        the model does not tell tokens apart.
+      logits: `(params, batch[B, ...]) -> float32[B, T, V]`; None where it has none.
     """
 
     loss: Callable[[PyTree, Batch, Any], tuple[Any, dict[str, Any]]]
     sequence_losses: Callable[[PyTree, Batch], tuple[Any, Any]]
+    token_losses: Callable[[PyTree, Batch], tuple[Any, Any]] | None = None
+    logits: Callable[[PyTree, Batch], Any] | None = None
 
 
 class Strategy(NamedTuple):

@@ -94,6 +94,17 @@ class ModularCapibaraModel(nnx.Module):
             chunk=config.loss_chunk,
         )
 
+    def token_losses(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Loss float32[B, T] in nats of every target, without z-loss, and the mask bool[B, T] of those that count."""
+        x = self.hidden(batch["tokens"], segments=batch["segments"], positions=batch["positions"])
+
+        def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+            state, targets = item
+            return head_losses(state, self._head(), targets)[0]
+
+        at_once = _sequences_at_once(self.config, x)
+        return jax.lax.map(one, (x, batch["targets"]), batch_size=at_once), batch["mask"]
+
     def sequence_losses(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed loss float32[B] in nats, without z-loss, and tokens float32[B] of each sequence."""
         x = self.hidden(batch["tokens"], segments=batch["segments"], positions=batch["positions"])
@@ -170,7 +181,8 @@ def objective(model: nnx.Module, loss: Callable[..., Any] | None = None) -> Obje
 
     Args:
       model: Any NNX module with `loss(batch)`; `sequence_losses(batch) -> (sums[B], tokens[B])` serves the gates, and
-        where it is missing every sequence is judged by `loss` on its own.
+        where it is missing every sequence is judged by `loss` on its own. `token_losses(batch) -> (losses[B, T],
+        mask[B, T])` serves merge weights.
       loss: `(model, batch, key) -> scalar` instead of the module's own.
     """
     build = _rebuild(model)
@@ -190,7 +202,18 @@ def objective(model: nnx.Module, loss: Callable[..., Any] | None = None) -> Obje
         tokens = _tokens(batch)
         return jax.lax.map(one, dict(batch)) * tokens, tokens
 
-    return Objective(batch_loss, sequence_losses)
+    def token_losses(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return build(params).token_losses(batch)
+
+    def logits(params: dict[str, Any], batch: Batch) -> jax.Array:
+        return build(params)(batch["tokens"], segments=batch["segments"], positions=batch["positions"])
+
+    return Objective(
+        batch_loss,
+        sequence_losses,
+        token_losses if loss is None and hasattr(model, "token_losses") else None,
+        logits if loss is None and isinstance(model, ModularCapibaraModel) else None,
+    )
 
 
 def _output(block: Any, x: jax.Array, *rest: Any) -> jax.Array:
