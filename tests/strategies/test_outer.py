@@ -55,7 +55,7 @@ TABLE = {
     8: (0.569, 0.8, 0.902, 1.0),
     64: (0.569, 0.8, 0.902, 1.0),
 }
-"""By hand: Charles et al. 2025 at H = 30 (1: .4, 2 and 4: .6, 8: .8), in between by log₂ n, times (H/30)^0.1, in [.3, 1]."""
+"""Charles et al. 2025 at H = 30 (1: .4, 2 and 4: .6, 8: .8), between by log₂ n, times (H/30)^0.1, in [.3, 1]."""
 
 
 @pytest.mark.parametrize("num_nodes", TABLE)
