@@ -9,7 +9,7 @@ leaves, one at a time. Weight 0 means "does not count", whatever the reason, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -77,20 +77,57 @@ class Rule(NamedTuple):
     least: int = 1
 
 
+class Place(NamedTuple):
+    """Where rows stand that a merge is given: the number of their leaf, and their first coordinate within it.
+
+    In a round a merge always gets whole leaves. Files bigger than memory may hand a leaf over in blocks of coordinates,
+    `first` being 0, k, 2k, … of the flattened leaf, where the merge says that it allows this.
+    """
+
+    leaf: int
+    first: int = 0
+
+
+class Survey(NamedTuple):
+    """What a merge may learn about the m rows that count before it merges any leaf.
+
+    Attributes:
+      weights: float64[m], > 0, Σ = 1.
+      nodes: int[m], whose row each is.
+      leaves: `() -> the rows, leaf by leaf, float32[m, ...]`: one streamed pass; may be called again.
+      key: Typed PRNG key, None where there is no randomness to be had.
+    """
+
+    weights: np.ndarray
+    nodes: np.ndarray
+    leaves: Callable[[], Iterator[jax.Array]]
+    key: Any
+
+
 class Merge(NamedTuple):
-    """Rows → one delta. Give `weights` for a linear merge, or `leaf` for one that sees coordinates.
+    """Rows → one delta. Give one of `weights`, `combine`, `leaf` and `prepare`, the first that will do.
 
     Attributes:
       name: For records.
       weights: `(weights[n]) -> w[n]` with Σw = 1; the merge is Σᵢ wᵢ rowᵢ.
       leaf: `(rows [m, ...] of the m rows that count, float32) -> [...]`.
       mean: True where equal weights give the plain mean of the rows; only then may mixed rows be merged.
+      combine: `(weights[m] with Σ = 1, products[m, m]) -> v[m]`, float64: the merge is Σᵢ vᵢ rowᵢ, with any real v, by
+        the scalar products ⟨rowᵢ, rowⱼ⟩.
+      per_tensor: `combine` is asked for each tensor, with that tensor's products; otherwise once, for the whole tree.
+      prepare: `(Survey) -> leaf function (rows [m, ...], Place) -> [...]`, for merges that draw lots, weigh the rows or
+        must have seen the whole tree first.
+      whole_tensors: The leaf function needs whole tensors; otherwise any block of a tensor's coordinates will do.
     """
 
     name: str
     weights: Callable[[np.ndarray], np.ndarray] | None = None
     leaf: Callable[[jax.Array], jax.Array] | None = None
     mean: bool = False
+    combine: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    per_tensor: bool = False
+    prepare: Callable[[Survey], Callable[[jax.Array, Place], jax.Array]] | None = None
+    whole_tensors: bool = False
 
 
 class Verdict(NamedTuple):
@@ -99,7 +136,7 @@ class Verdict(NamedTuple):
     Attributes:
       backing: bool[n], counted and not outvoted.
       coefficients: v[n] with merged Δ = Σ vᵢΔᵢ, for linear merges.
-      coefficient_start: 1 − Σv, what stays on the start.
+      coefficient_start: 1 − Σv, what stays on the start; 0 where a merge goes further than its rows and Σv > 1.
       centre: c[n] over the raw deltas.
       tau: Clipping radius of the merged rows.
       distance: ‖Δᵢ − c‖ of the nodes' own deltas.
@@ -196,7 +233,7 @@ def chain(*rules: Rule, merge: Merge) -> Aggregator:
         if own is not None and not merge.mean:
             ballot, info = ballot._replace(rows=own.rows), info | {"tau": own.tau, "clipped": own.clipped}
         backing = entered & info.get("backing", ballot.weights > 0)
-        delta, v, leash = merge_rows(ballot, merge, info.get("centre"), info.get("tau"))
+        delta, v, leash = merge_rows(ballot, merge, info.get("centre"), info.get("tau"), key)
         norms = np.sqrt(np.diagonal(raw))
         verdict = Verdict(
             backing=backing,
@@ -217,7 +254,7 @@ def chain(*rules: Rule, merge: Merge) -> Aggregator:
 
 
 def merge_rows(
-    ballot: Ballot, merge: Merge, centre: np.ndarray | None, tau: float | None
+    ballot: Ballot, merge: Merge, centre: np.ndarray | None, tau: float | None, key: Any = None
 ) -> tuple[PyTree, np.ndarray | None, float | None]:
     """The merged delta, its coefficients over the raw deltas where the merge is linear, and the leash's factor."""
     keep = ballot.weights > 0
@@ -225,15 +262,74 @@ def merge_rows(
         w = np.where(keep, merge.weights(np.where(keep, ballot.weights, 0.0)), 0.0)
         v = w @ ballot.rows[:, : len(w)]
         return weighted_sum(v, ballot.stack, ballot.gram), v, None if centre is None else 1.0
-    assert merge.leaf is not None
-    by_coordinate = merge.leaf
-    delta = jax.tree.map(lambda leaf: by_coordinate(materialise(ballot.rows, keep, leaf, ballot.gram)), ballot.stack)
+    if merge.combine is not None and not merge.per_tensor:
+        v = _combined(ballot, merge.combine, ballot.gram)
+        factor = None
+        if centre is not None and tau is not None:
+            gap = v - centre
+            factor = _leash(float(np.sqrt(max(gap @ ballot.gram @ gap, 0.0))), tau)
+            v = v if factor == 1.0 else centre + factor * gap
+        return weighted_sum(v, ballot.stack, ballot.gram), v, factor
+    delta = _by_leaf(ballot, merge, key)
     if centre is None or tau is None:
         return delta, None, None
     middle = weighted_sum(centre, ballot.stack, ballot.gram)
-    strayed = distance_from(delta, middle)
-    factor = 1.0 if strayed <= tau else tau / strayed
+    factor = _leash(distance_from(delta, middle), tau)
     return (delta if factor == 1.0 else _draw(delta, middle, np.float32(factor))), None, factor
+
+
+def capped(weights: np.ndarray) -> np.ndarray:
+    """Weights normalised to 1 of which none is above 2/m; what is cut is shared by the others in proportion.
+
+    A node that claims many samples would otherwise own the merge. m counts the weights above 0.
+    """
+    w = weights / weights.sum()
+    most = 2.0 / max((w > 0).sum(), 1)
+    for _ in range(len(w)):
+        over = w > most * (1 + 1e-12)
+        if not over.any():
+            break
+        fixed = over | (w == most)
+        free = ~fixed & (w > 0)
+        w = np.where(fixed, most, w)
+        if free.any():
+            w = np.where(free, w * (1.0 - w[fixed].sum()) / w[free].sum(), w)
+    return w / w.sum()
+
+
+def _leash(strayed: float, tau: float) -> float:
+    return 1.0 if strayed <= tau else tau / strayed
+
+
+def _combined(ballot: Ballot, combine: Callable[[np.ndarray, np.ndarray], np.ndarray], gram: np.ndarray) -> np.ndarray:
+    """float64[n] over the raw deltas of what `combine` makes of the rows that count; `gram` is that of the deltas."""
+    chosen = np.flatnonzero(ballot.weights > 0)
+    part = ballot.rows[chosen][:, : len(gram)]
+    return combine(capped(ballot.weights[chosen]), part @ gram @ part.T) @ part
+
+
+def _by_leaf(ballot: Ballot, merge: Merge, key: Any) -> PyTree:
+    keep = ballot.weights > 0
+
+    def rows(leaf: jax.Array) -> jax.Array:
+        return materialise(ballot.rows, keep, leaf, ballot.gram)
+
+    if merge.leaf is not None:
+        by_coordinate = merge.leaf
+        return jax.tree.map(lambda leaf: by_coordinate(rows(leaf)), ballot.stack)
+    leaves, structure = jax.tree.flatten(ballot.stack)
+    if merge.combine is not None:
+        used, merged = (ballot.rows[keep][:, : len(keep)] != 0).any(axis=0), []
+        for leaf in leaves:
+            gram = gram_matrix(leaf, used)
+            merged.append(weighted_sum(_combined(ballot, merge.combine, gram), leaf, gram))
+    else:
+        assert merge.prepare is not None
+        chosen = np.flatnonzero(keep)
+        survey = Survey(capped(ballot.weights[chosen]), chosen, lambda: map(rows, leaves), key)
+        one = merge.prepare(survey)
+        merged = [one(rows(leaf), Place(number)) for number, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, merged)
 
 
 def _power_of_two(gram: np.ndarray | None, count: int) -> np.ndarray:

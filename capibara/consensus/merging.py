@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from capibara.consensus import networks
-from capibara.consensus.ballot import Merge
+from capibara.consensus.ballot import Merge, capped
 
 
 def weighted_average() -> Merge:
@@ -30,22 +28,3 @@ def trimmed_mean(f: int) -> Merge:
 def median() -> Merge:
     """Per coordinate the middle row, or the mean of the two middle ones. Ignores weights above 0."""
     return Merge("median", leaf=networks.median)
-
-
-def capped(weights: np.ndarray) -> np.ndarray:
-    """Weights normalised to 1 of which none is above 2/m; what is cut is shared by the others in proportion.
-
-    A node that claims many samples would otherwise own the merge. m counts the weights above 0.
-    """
-    w = weights / weights.sum()
-    most = 2.0 / max((w > 0).sum(), 1)
-    for _ in range(len(w)):
-        over = w > most * (1 + 1e-12)
-        if not over.any():
-            break
-        fixed = over | (w == most)
-        free = ~fixed & (w > 0)
-        w = np.where(fixed, most, w)
-        if free.any():
-            w = np.where(free, w * (1.0 - w[fixed].sum()) / w[free].sum(), w)
-    return w / w.sum()

@@ -39,7 +39,10 @@ VOTES: dict[str, Vote] = {
     "bulyan": Vote(4, 3, is_merge=True, instead="trimmed_mean"),
 }
 
-MERGES = ("weighted_average", "uniform", "trimmed_mean", "median")
+MERGES = (
+    "weighted_average", "uniform", "trimmed_mean", "median", "slerp", "karcher", "rda", "task_arithmetic", "ties",
+    "ties_tensor", "dare", "dare_norm", "dare_ties", "della", "breadcrumbs", "model_stock", "model_stock_whole", "sce",
+)  # fmt: skip
 INNER_STATES = ("keep", "reset")
 MERGE_ROWS = ("mixed", "own")
 OUTERS = ("sgd", "nesterov")

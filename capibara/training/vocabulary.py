@@ -10,7 +10,7 @@ from typing import Any
 
 import optax
 
-from capibara.consensus import merging, robust, voting
+from capibara.consensus import dropout, merging, model_stock, robust, spherical, task_vectors, voting
 from capibara.consensus.attacks import Attack, get_attack
 from capibara.consensus.ballot import Aggregator, Merge, Rule, chain
 from capibara.consensus.config import ConsensusConfig
@@ -44,6 +44,20 @@ MERGES: dict[str, Callable[[int], Merge]] = {
     "uniform": lambda f: merging.uniform(),
     "trimmed_mean": lambda f: merging.trimmed_mean(f),
     "median": lambda f: merging.median(),
+    "slerp": lambda f: spherical.slerp(),
+    "karcher": lambda f: spherical.karcher(),
+    "rda": lambda f: spherical.rda(),
+    "task_arithmetic": lambda f: task_vectors.task_arithmetic(),
+    "ties": lambda f: task_vectors.ties(),
+    "ties_tensor": lambda f: task_vectors.ties_tensor(),
+    "dare": lambda f: dropout.dare(),
+    "dare_norm": lambda f: dropout.dare(norm_matched=True),
+    "dare_ties": lambda f: dropout.dare(elect=True),
+    "della": lambda f: dropout.della(),
+    "breadcrumbs": lambda f: task_vectors.breadcrumbs(),
+    "model_stock": lambda f: model_stock.model_stock(),
+    "model_stock_whole": lambda f: model_stock.model_stock_whole(),
+    "sce": lambda f: task_vectors.sce(),
     "bulyan": lambda f: robust.bulyan_merge(f),
 }
 
