@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from flax import nnx
 
 from capibara.consensus.models import ModelVote, vote_models
 from capibara.core.model import objective, parameters, with_parameters
@@ -28,7 +31,7 @@ class ByzantineConsensus:
 
     Equivalent to:
       trees = [parameters(model) for model in models]
-      f = min(math.floor(fault_tolerance * len(trees)), (len(trees) - 1) // 3)
+      f = min(math.floor(Fraction(str(fault_tolerance)) * len(trees)), (len(trees) - 1) // 3)
       result = vote_models(trees, f, verification_rounds=verification_rounds)
       model = with_parameters(models[0], result.merged)
     """
@@ -46,26 +49,34 @@ class ByzantineConsensus:
 
         Args:
           models: NNX models, pytrees or paths of safetensors files; all of the same structure.
-          validation_data: A batch of held-out sequences; NNX models whose loss on it is ruined do not count.
+          validation_data: A batch of held-out sequences; models whose loss on it is ruined do not count. Only NNX
+            models with `loss(batch)` have one.
 
         Raises:
-          ConfigError: If there are no models, or they do not fit each other.
+          ConfigError: If there are no models, they do not fit each other, or have no loss to validate.
+          CertificateError: If a file is missing or is no safetensors file.
           QuorumError: If fewer than n − f models count.
         """
         trees = [_tree(model) for model in models]
         n = len(trees)
-        f = min(math.floor(self.fault_tolerance * n), (n - 1) // 3) if n else 0
+        f = min(math.floor(Fraction(str(self.fault_tolerance)) * n), (n - 1) // 3) if n else 0
         if 1 < n < 4 and self.fault_tolerance > 0:
             warnings.warn(
                 f"{n} models tolerate f = 0 wrong ones, whatever fault_tolerance says; n = 4 is the least for f = 1.",
                 stacklevel=2,
             )
-        is_module = n > 0 and hasattr(models[0], "loss")
+        is_module = n > 0 and isinstance(models[0], nnx.Module)
+        validates = n > 0 and validation_data is not None
+        if validates and not (is_module and hasattr(models[0], "loss")):
+            raise ConfigError(
+                "validation_data needs NNX models with `loss(batch)` to be judged by; the first model is of type "
+                f"{type(models[0]).__name__}. Give such models, or leave validation_data out."
+            )
         self.last_result = vote_models(
             trees,
             f,
             verification_rounds=self.verification_rounds,
-            objective=objective(models[0]) if is_module and validation_data is not None else None,
+            objective=objective(models[0]) if validates else None,
             batch=validation_data,
         )
         merged = self.last_result.merged
@@ -75,4 +86,4 @@ class ByzantineConsensus:
 def _tree(model: Any) -> Any:
     if isinstance(model, (str, Path)):
         return read_tensors(Path(model))
-    return parameters(model) if hasattr(model, "loss") else model
+    return parameters(model) if isinstance(model, nnx.Module) else model

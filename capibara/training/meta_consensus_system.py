@@ -8,6 +8,8 @@ from typing import Any
 
 from capibara.consensus.config import ConsensusConfig
 from capibara.core.config import ModularConfig
+from capibara.core.model import ModularCapibaraModel
+from capibara.errors import ConfigError
 from capibara.training.results import ConsensusResults
 from capibara.training.session import Session, open_session, reopen_session
 from capibara.types import Source
@@ -60,7 +62,7 @@ class MetaConsensusSystem:
           strategies: Names or `Strategy` objects, dealt to the nodes round-robin.
           num_rounds: Rounds, instead of `num_epochs`.
           run_dir: Where the run is kept; `runs/consensus-N` if None.
-          resume: Go on with the run in `run_dir`; it ends as if it had never stopped.
+          resume: Go on with the run in `run_dir`, where there is one; it ends as if it had never stopped.
           source: Batches of the user's own, instead of `data_path`.
           loss: `(model, batch, key) -> scalar`, instead of the model's own.
           progress: Show each round on standard error.
@@ -79,13 +81,14 @@ class MetaConsensusSystem:
         if num_epochs is not None and num_rounds is None:
             chosen["num_rounds"] = None
         changed = self.base.replace(training=chosen, data={} if data_path is None else {"path": data_path})
+        shape = model.config if isinstance(model, ModularCapibaraModel) else changed.model
         consensus = self.config
         if strategies is not None:
             values = {name: getattr(consensus, name) for name in type(consensus).model_fields}
             consensus = ConsensusConfig(**{**values, "strategies": tuple(strategies)})
-        config = ModularConfig(
-            model=changed.model, data=changed.data, training=changed.training, consensus=consensus
-        )
+        config = ModularConfig(model=shape, data=changed.data, training=changed.training, consensus=consensus)
+        if resume and run_dir is None:
+            raise ConfigError("resume goes on with the run in run_dir; name that directory.")
         if resume and run_dir is not None and Path(run_dir, "format.json").exists():
             self.session = reopen_session(Path(run_dir), config=config, **parts)
         else:

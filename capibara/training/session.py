@@ -21,10 +21,10 @@ from blake3 import blake3
 
 from capibara.consensus.gates import sequence_sums
 from capibara.core.config import ModelConfig, ModularConfig
-from capibara.core.model import ModularCapibaraModel, objective, parameters, with_parameters
-from capibara.core.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from capibara.core.model import ModularCapibaraModel, parameters, with_parameters
+from capibara.core.tokenizer import load_tokenizer
 from capibara.data.batches import TextSource, documents_of, open_source
-from capibara.errors import CertificateError, ConfigError, RunError
+from capibara.errors import CertificateError, RunError
 from capibara.round import RoundPlan, RoundState
 from capibara.run.checkpoint import checkpoints, load_checkpoint, newest_intact
 from capibara.run.directory import SOLO, Run, check_format
@@ -34,6 +34,7 @@ from capibara.run.report import history
 from capibara.run.resources import Needs, estimate, refuse_if_impossible
 from capibara.run.rounds import checkpoint, resume_state, rounds
 from capibara.training import vocabulary
+from capibara.training.parts import give_tokenizer, run_tokenizer, training_objective
 from capibara.training.results import ConsensusResults, Judgement
 from capibara.tree import num_bytes
 from capibara.types import Objective, Source
@@ -60,12 +61,12 @@ class Session:
         loss: Callable[..., Any] | None = None,
     ):
         self.config, self.run = config, run
-        self.source = source or _text(config, run)
+        self.source = source or _text(config, run, model)
         self.model = model or ModularCapibaraModel(_fitted(config, self.source))
         if isinstance(self.source, TextSource) and isinstance(self.model, ModularCapibaraModel):
-            self.model.tokenizer = load_tokenizer(run.path / "tokenizer.json")
+            give_tokenizer(self.model, load_tokenizer(run.path / "tokenizer.json"))
         self.num_rounds = num_rounds(config, self.source)
-        self.plan = build_plan(config, objective(self.model, loss), self.source, self.num_rounds)
+        self.plan = build_plan(config, training_objective(config, self.model, loss), self.source, self.num_rounds)
         self.params = parameters(self.model)
         self.state: RoundState | None = None
 
@@ -187,7 +188,7 @@ def open_session(config: ModularConfig, *, run_dir: Path | None = None, kind: st
     """
     config.consensus.warn_when_defenceless()
     path = Path(run_dir) if run_dir else next_run_path(Path("runs"), kind)
-    if config.data.path is not None and "source" not in parts:
+    if config.data.path is not None and parts.get("source") is None:
         documents_of(config.data.path)
     run = Run.create(path, config.to_toml())
     try:
@@ -289,26 +290,12 @@ def environment() -> dict[str, Any]:
             "packages": packages}  # fmt: skip
 
 
-def _text(config: ModularConfig, run: Run) -> TextSource:
-    path = run.path / "tokenizer.json"
-    if not path.is_file():
-        tokenizer = new_tokenizer(config)
-        run.files.write_atomic(path, tokenizer.definition.encode())
+def _text(config: ModularConfig, run: Run, model: Any) -> TextSource:
+    tokenizer = run_tokenizer(config, run, model)
     return open_source(
         config.data, num_nodes=config.consensus.num_nodes, split=config.consensus.split, seed=config.consensus.seed,
-        cache=run.path.parent / ".data", tokenizer=load_tokenizer(path),
+        cache=run.path.parent / ".data", tokenizer=tokenizer,
     )  # fmt: skip
-
-
-def new_tokenizer(config: ModularConfig) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; `bpe:SIZE` is trained on the data."""
-    kind, _, size = config.data.tokenizer.partition(":")
-    if kind != "bpe":
-        return load_tokenizer(config.data.tokenizer)
-    if not size.isdigit():
-        raise ConfigError(f"data.tokenizer = {config.data.tokenizer!r} needs a size, e.g. 'bpe:4096'.")
-    documents, _ = documents_of(config.data.path)
-    return train_bpe((document.text for document in documents()), int(size))
 
 
 def _fitted(config: ModularConfig, source: Any) -> ModularConfig:

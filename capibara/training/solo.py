@@ -85,6 +85,8 @@ def train_solo(
     """
     if resume not in (True, False, "auto"):
         raise ConfigError(f"resume is 'auto', True or False; got {resume!r}.")
+    if eval_every is not None and eval_every < 1:
+        raise ConfigError(f"eval_every is at least 1 step; got {eval_every}.")
     for path in (train_data, eval_data):
         if path is not None:
             documents_of(path)

@@ -12,15 +12,14 @@ import numpy as np
 from capibara.consensus.config import ConsensusConfig
 from capibara.consensus.gates import sequence_sums
 from capibara.core.config import DataConfig, ModularConfig
-from capibara.core.model import ModularCapibaraModel, objective
-from capibara.core.tokenizer import Tokenizer, load_tokenizer
+from capibara.core.model import ModularCapibaraModel
+from capibara.core.tokenizer import Tokenizer
 from capibara.data.batches import TextSource, open_source
-from capibara.errors import ConfigError, DataError
+from capibara.errors import DataError
 from capibara.run.directory import Run
 from capibara.training import vocabulary
+from capibara.training.parts import give_tokenizer, run_tokenizer, training_objective
 from capibara.training.results import Judgement
-from capibara.training.session import new_tokenizer
-from capibara.transforms.remat import with_gradient_checkpointing
 from capibara.types import Batch, Objective, Strategy
 
 
@@ -84,17 +83,12 @@ def open_parts(
     training = config.training
     held_out = 0.0 if eval_data is not None else config.data.held_out_fraction
     data = config.data.model_copy(update={"path": train_data, "held_out_fraction": held_out})
-    tokenizer = _tokenizer(config.model_copy(update={"data": data}), run, model)
+    tokenizer = run_tokenizer(config.model_copy(update={"data": data}), run, model)
     source = _open(data, run, tokenizer, training.seed)
     if model is None:
         model = ModularCapibaraModel(config.replace(model={"vocab_size": tokenizer.vocab_size}))
     if isinstance(model, ModularCapibaraModel):
-        if model.config.vocab_size < tokenizer.vocab_size:
-            raise ConfigError(
-                f"The model knows {model.config.vocab_size} tokens and the tokenizer has {tokenizer.vocab_size}. Set "
-                f"model.vocab_size = {tokenizer.vocab_size}, or use a smaller tokenizer."
-            )
-        model.tokenizer = tokenizer
+        give_tokenizer(model, tokenizer)
     sequences = source.train_tokens // source.tokens_per_sequence
     if sequences < training.batch_size:
         raise DataError(
@@ -102,7 +96,7 @@ def open_parts(
             f"{training.batch_size}. Give more text, or lower batch_size or sequence_length."
         )
     num_steps = training.num_steps or max(math.ceil(training.num_epochs * sequences / training.batch_size), 1)
-    losses = objective(with_gradient_checkpointing(model) if training.gradient_checkpointing else model, loss)
+    losses = training_objective(config, model, loss)
     resolved = ModularConfig(
         model=model.config if isinstance(model, ModularCapibaraModel) else config.model,
         data=config.data,
@@ -135,11 +129,3 @@ def _eval_batch(
     other = _open(data.model_copy(update={"path": eval_data}), run, tokenizer, config.training.seed)
     count = min(wanted, max(other.train_tokens // other.tokens_per_sequence, 1))
     return {name: leaf[0] for name, leaf in other.in_order(first_step=0, steps=1, batch_size=count).items()}
-
-
-def _tokenizer(config: ModularConfig, run: Run, model: Any) -> Tokenizer:
-    path = run.path / "tokenizer.json"
-    if not path.is_file():
-        tokenizer = getattr(model, "tokenizer", None) or new_tokenizer(config)
-        run.files.write_atomic(path, tokenizer.definition.encode())
-    return load_tokenizer(path)

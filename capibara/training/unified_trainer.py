@@ -53,9 +53,11 @@ class UnifiedTrainer:
         base = base or ModularConfig.preset("development")
         if isinstance(model, ModularCapibaraModel):
             base = ModularConfig(model=model.config, data=base.data, training=base.training, consensus=base.consensus)
-            use_gradient_checkpointing = use_gradient_checkpointing or model.gradient_checkpointing or None
-        parts = gradient_accumulation_steps or base.training.accumulation_steps
-        size = batch_size or base.training.batch_size // base.training.accumulation_steps
+            if use_gradient_checkpointing is None and model.gradient_checkpointing:
+                use_gradient_checkpointing = True
+        before = base.training
+        parts = before.accumulation_steps if gradient_accumulation_steps is None else gradient_accumulation_steps
+        size = before.batch_size // before.accumulation_steps if batch_size is None else batch_size
         given = {
             "learning_rate": learning_rate,
             "batch_size": size * parts,
@@ -64,7 +66,7 @@ class UnifiedTrainer:
             **training,
         }
         self.config = base.replace(training={name: value for name, value in given.items() if value is not None})
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.eval_every = model, loss, training.get("eval_every")
 
     def train(
         self,
@@ -89,7 +91,7 @@ class UnifiedTrainer:
             `runs/solo-N` if None.
           num_steps: Steps, instead of `num_epochs`.
           resume: `"auto"` goes on where `checkpoint_dir` holds a run; True demands one, False a new one.
-          eval_every: Steps between evaluations; an epoch if None.
+          eval_every: Steps between evaluations; the constructor's if None, and without that an epoch.
           callbacks: Each is called with a `capibara.loop.StepInfo` every `log_every` steps.
           progress: Show each log line on standard error.
 
@@ -110,7 +112,7 @@ class UnifiedTrainer:
             model=self.model,
             loss=self.loss,
             resume=resume,
-            eval_every=eval_every,
+            eval_every=self.eval_every if eval_every is None else eval_every,
             callbacks=callbacks,
             echo=_show if progress else None,
         )
