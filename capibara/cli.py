@@ -23,6 +23,13 @@ from capibara.errors import CapibaraError, ConfigError
 class Command(click.Group):
     """A group whose failures are one sentence and one of our exit codes, those that click finds included."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; an interrupt is ours to tell, without the empty line that click puts before it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
     def main(self, args: Sequence[str] | None = None, *others: Any, **extra: Any) -> NoReturn:
         """Runs the command line and exits."""
         given = list(sys.argv[1:] if args is None else args)
@@ -102,7 +109,7 @@ def demo(run_dir: Path | None, attack: str, overrides: tuple[str, ...], as_json:
     _start_process()
     from capibara.training.session import open_session
 
-    changes = ("consensus.keep_deltas=true", f"consensus.attack={attack}", *overrides)
+    changes = ("consensus.keep_deltas=true", _attack(attack), *overrides)
     with open_session(_load("tiny-cpu", changes), run_dir=run_dir, kind="demo") as session:
         _run(session, as_json, sample="The ")
 
@@ -143,7 +150,7 @@ def train(
     line, then from CAPIBARA_SECTION_KEY in the environment, then from the file. Every round is committed to the run
     directory, so that a run can be stopped at any moment and resumed.
     """
-    loaded = _load(config_path, (*overrides, *([f"consensus.attack={attack}"] if attack else [])))
+    loaded = _load(config_path, (*overrides, *([_attack(attack)] if attack else [])))
     if print_config:
         _print_config(loaded, as_json)
         return
@@ -280,6 +287,10 @@ def _start_process() -> None:
         import capibara.training.session  # noqa: F401
 
 
+def _attack(name: str) -> str:
+    return f"consensus.attack={json.dumps(name)}"  # quoted: `nan` alone would be a number in TOML
+
+
 def _load(name: str, overrides: tuple[str, ...]) -> Any:
     from capibara.core.config import ModularConfig
 
@@ -322,12 +333,15 @@ def _echo(text: str, err: bool = False) -> None:
 
 
 def _say(as_json: bool, payload: dict[str, Any], text: str) -> None:
-    _echo(json.dumps(payload, indent=2, default=str) if as_json else text)
+    from capibara.run.metrics import plain
+
+    _echo(json.dumps(plain(payload), indent=2, default=str, allow_nan=False) if as_json else text)
 
 
 def _fail(message: str, code: int, as_json: bool) -> NoReturn:
     if as_json:
         _echo(json.dumps({"ok": False, "error": message.removeprefix("error: "), "exit_code": code}))
     else:
-        _echo(message, err=True)
+        after_the_key = "\n" if code == 130 and sys.stderr.isatty() else ""
+        _echo(after_the_key + message, err=True)
     sys.exit(code)

@@ -28,7 +28,7 @@ class MetricsWriter:
 
     def write(self, **values: Any) -> None:
         """Appends one object with the time and the values given."""
-        self._file.write(json.dumps(_plain({"time": self.clock(), **values})).encode() + b"\n")
+        self._file.write(json.dumps(plain({"time": self.clock(), **values})).encode() + b"\n")
         self._file.flush()
 
     def __enter__(self) -> MetricsWriter:
@@ -59,13 +59,14 @@ def _is_torn(file: Any) -> bool:
     return file.read(1) != b"\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON types; a number that is not finite, which JSON does not know, becomes a string."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: plain(one) for key, one in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

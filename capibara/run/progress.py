@@ -46,15 +46,15 @@ class Display:
     ):
         self.num_rounds, self.num_nodes, self.steps, self.clock = num_rounds, num_nodes, steps, clock
         self.console = console or Console(stderr=True, quiet=not enabled)
+        self.began = self.round_began = clock()
+        self.durations: list[float] = []
+        self.last, self.finished, self.phase = "", 0, "starting"
         is_live = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
         self.live = (
             Live(console=self.console, get_renderable=self.line, refresh_per_second=8, transient=True)
             if enabled and is_live
             else None
         )
-        self.began = self.round_began = clock()
-        self.durations: list[float] = []
-        self.last, self.finished, self.phase = "", 0, "starting"
 
     def __enter__(self) -> Display:
         if self.live:
@@ -86,6 +86,7 @@ class Display:
         seconds = now - self.round_began
         self.durations.append(seconds)
         self.round_began, self.finished = now, line["round"] + 1
+        self.phase = "starting" if self.finished < self.num_rounds else "finishing"
         test = f"  test {test_loss:.4f}" if test_loss is not None else ""
         self.last = (
             f"step {self.finished * self.steps}  loss {loss:.4f}{test}  {tokens / max(seconds, 1e-9):,.0f} tokens/s  "
@@ -104,7 +105,7 @@ class Display:
         """The live line as it is now."""
         now = self.clock()
         frame = FRAMES[int(now * 8) % len(FRAMES)] if self.console.encoding.startswith("utf") else "*"
-        phase = self.phase if self.durations or self.phase == "starting" else f"{self.phase}, compiling"
+        phase = self.phase if self.durations or self.phase in ("starting", "finishing") else f"{self.phase}, compiling"
         parts = [
             f"{frame} round {min(self.finished + 1, self.num_rounds)}/{self.num_rounds}",
             phase,

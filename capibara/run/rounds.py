@@ -18,7 +18,7 @@ from capibara.errors import RunError
 from capibara.round import RoundPlan, RoundRecord, RoundState, first_state, quorum_error, run_round
 from capibara.run.checkpoint import newest_intact, prune, save_checkpoint
 from capibara.run.commit import RoundOnDisk, commit
-from capibara.run.directory import Run
+from capibara.run.directory import CERTIFICATES, Run
 from capibara.tree import from_named_leaves, named_leaves
 from capibara.types import PyTree
 
@@ -88,10 +88,11 @@ def rounds(
         yield RoundEvent(state, record, line, repeated=False)
         if state.refusals >= plan.config.max_refusals:
             final = line["final_gate"]
+            against = " and ".join(f"{_nats(final[name])} against the {name}" for name in ("parent", "anchor"))
             raise RunError(
-                f"{state.refusals} rounds in a row were refused by the final gate (last: {final['parent']['mean']} "
-                f"nats against the parent, {final['anchor']['mean']} against the anchor). The model of the last "
-                f"committed round is intact; look at {run.path / 'rounds.jsonl'} for what the nodes sent, then resume."
+                f"{state.refusals} rounds in a row were refused by the final gate (last: {against}). The model of the "
+                f"last committed round is intact. What the nodes sent is in {run.path / CERTIFICATES}; to try again: "
+                f"capibara resume {run.path}"
             )
 
 
@@ -136,6 +137,11 @@ def resume_state(
         for name in TREES
     }
     return RoundState(**trees, **{name: found.meta[name] for name in NUMBERS})
+
+
+def _nats(judged: dict[str, Any]) -> str:
+    mean = judged["mean"]
+    return f"{mean:+.4f} nats" if isinstance(mean, float) else "a loss that is not finite"
 
 
 def _past_digests(lines: list[dict[str, Any]], before: int) -> dict[int, dict[str, int]]:
