@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from capibara.consensus.ballot import open_ballot
 from capibara.consensus.record import rule_entry
 from capibara.core.config import ModularConfig
+from capibara.engines.base import node_key
 from capibara.errors import CertificateError, ConfigError
 from capibara.run.verify import Replay, Report, verify
 from capibara.training.vocabulary import aggregator
@@ -45,7 +47,8 @@ def vote_again(path: Path) -> Replay:
             raise CertificateError("cannot be replayed: config.toml names another rule than the certificate")
         vote = aggregator(config)
         entered = np.array([node["reason"] in ("backed", "outvoted") for node in line["nodes"]])
-        delta, verdict, _ = vote.apply(open_ballot(stack, entered.astype(np.float64)), vote.init(None), None)
+        key = node_key(jax.random.key(config.seed), line["round"], line["draw"], config.num_nodes)  # as in run_round
+        delta, verdict, _ = vote.apply(open_ballot(stack, entered.astype(np.float64)), vote.init(None), key)
         reasons = [
             ("backed" if back else "outvoted") if counted else node["reason"]
             for node, counted, back in zip(line["nodes"], entered, verdict.backing, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from rows import SIZES, Case, as_row, as_stack, cases
 from capibara.consensus import merging, voting
 from capibara.consensus.ballot import Merge, chain, open_ballot
 from capibara.errors import ConfigError
+from capibara.training import vocabulary
 
 EVERY_SIZE = tuple((n, f) for n in range(4, 18) for f in range(1, (n - 1) // 3 + 1))
 MERGES = {
@@ -20,14 +22,15 @@ MERGES = {
     "trimmed_mean": merging.trimmed_mean,
     "median": lambda f: merging.median(),
 }
+NAMED = tuple(name for name in vocabulary.MERGES if name not in (*MERGES, "weighted_average", "bulyan"))
 fast = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 thorough = settings(fast, max_examples=4000)
 
 
 def run(deltas, f, *, weights=None, merge="mean", **options):
     ballot = open_ballot(as_stack(deltas), np.ones(len(deltas)) if weights is None else weights)
-    aggregator = chain(voting.byzantine_tolerant(f, **options), merge=MERGES[merge](f))
-    delta, verdict, _ = aggregator.apply(ballot, aggregator.init({}), None)
+    aggregator = chain(voting.byzantine_tolerant(f, **options), merge=(MERGES | vocabulary.MERGES)[merge](f))
+    delta, verdict, _ = aggregator.apply(ballot, aggregator.init({}), jax.random.key(0))
     return as_row(delta), verdict
 
 
@@ -96,6 +99,20 @@ def test_no_merge_strays_from_the_centre_further_than_an_honest_row(case, merge_
 @given(cases(sizes=EVERY_SIZE), st.sampled_from(("mixed", "own")), st.sampled_from(tuple(MERGES)))
 def test_no_merge_strays_for_any_number_of_nodes(case, merge_rows, merge):
     check_bound(case, merge_rows, merge)
+
+
+@fast
+@given(cases(sizes=SIZES[:1]), st.sampled_from(NAMED))
+def test_no_named_merge_strays_from_the_centre_either(case, merge):
+    check_bound(case, "mixed", merge)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", NAMED)
+@settings(thorough, max_examples=400)
+@given(case=cases())
+def test_no_named_merge_strays_over_many_rows(merge, case):
+    check_bound(case, "mixed", merge)
 
 
 @fast
