@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import key_tables
 import pytest
 
 from capibara.cli import main
+from capibara.consensus.vocabulary import MERGES, VOTES
+from capibara.core.config import ModularConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = ("node_modules", "build", "dist", "runs")
@@ -61,6 +64,9 @@ def examples() -> list[str]:
     return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 
+SLOW = ("README.md", "docs/extend.md", "docs/python.md")
+"""They train whole runs, most of it compilation."""
+
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in documents()}
 WITH_CODE = [name for name, path in DOCUMENTS.items() if any(runnable(path.read_text()))]
 
@@ -77,6 +83,34 @@ def test_the_index_leads_to_every_page():
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert not pages - set(LINK.findall(index))
+
+
+def test_the_tables_of_keys_are_those_of_the_configuration():
+    page = key_tables.PAGE.read_text()
+    sections = [match["section"] for match in key_tables.MARKED.finditer(page)]
+    assert sections == list(ModularConfig.model_fields)
+    assert key_tables.render(page) == page, "out of date; run: python tests/key_tables.py"
+
+
+def test_every_vote_and_merge_is_explained():
+    text = (ROOT / "docs" / "voting.md").read_text()
+    assert not [name for name in (*VOTES, *MERGES) if f"`{name}`" not in text]
+
+
+def test_every_command_and_option_is_explained():
+    text = (ROOT / "docs" / "command.md").read_text()
+
+    def missing(command: click.Command, path: str) -> Iterator[str]:
+        if isinstance(command, click.Group):
+            for name, inner in command.commands.items():
+                yield from missing(inner, f"{path} {name}")
+        elif f"`{path}" not in text:
+            yield path
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and not any(f"`{option}" in text for option in parameter.opts):
+                yield f"{path} {parameter.opts[0]}"
+
+    assert not list(missing(main, "capibara"))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -100,7 +134,7 @@ def test_make_targets_exist(name: str):
     assert not [target for target in named if target not in targets]
 
 
-@pytest.mark.parametrize("name", WITH_CODE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in WITH_CODE])
 def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
