@@ -31,6 +31,9 @@ BENCHMARKS = {
     "import_cost": MAIN,
     "certificates": MAIN,
     "loss_memory": MAIN,
+    "allocator": MAIN,
+    "overhead": MAIN,
+    "stacked": MAIN,
     "step_vs_torch": WITH_PEERS,
     "vote": WITH_PEERS,
 }

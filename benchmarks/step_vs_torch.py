@@ -21,34 +21,18 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from _common import emit, interleaved, machine, row, say
+from _step import BETAS, CLIP, LARGER, LEARNING_RATE, SMALL, WEIGHT_DECAY, Shape, training_steps
 
 REPEATS = 7
-LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1.0
-
-
-class Shape(NamedTuple):
-    """One model and batch: `steps` training steps are one timed run."""
-
-    name: str
-    dtype: str
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    T: int
-    B: int
-    steps: int
-
-
 SHAPES = (
     Shape("demo", "float32", 96, 3, 4, 4, 128, 8, 20),
-    Shape("small", "float32", 160, 4, 5, 5, 128, 8, 10),
-    Shape("6 layers of 384", "float32", 384, 6, 6, 2, 256, 8, 1),
-    Shape("6 layers of 384", "bfloat16", 384, 6, 6, 2, 256, 8, 1),
+    SMALL,
+    LARGER,
+    LARGER._replace(dtype="bfloat16"),
 )
 LEAST = 1.0
 
@@ -74,8 +58,7 @@ def main() -> None:
     for shape in SHAPES:
         ours, theirs = candidates(shape, cores)
         timings = interleaved({"capibara": ours, "torch": theirs}, repeats=REPEATS, clock=clock)
-        tokens = shape.B * shape.T * shape.steps
-        label = f"{shape.name}, T {shape.T}, B {shape.B}, {shape.dtype}"
+        tokens, label = shape.tokens, shape.label
         for name, t in timings.items():
             speed, spread = round(tokens / t.median), (tokens / t.high, tokens / t.low)
             rows.append(row(f"{name}: {label}", speed, "tokens/s", spread=spread))
@@ -87,47 +70,13 @@ def main() -> None:
 
 def candidates(shape: Shape, cores: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """A call of ours and one of PyTorch's, each `shape.steps` training steps from where the last call ended."""
-    import jax
-
-    from capibara.core.config import ModelConfig
-    from capibara.core.model import ModularCapibaraModel, objective, parameters
-    from capibara.loop import local_steps
-    from capibara.strategies.plain import adamw, plain
-
-    config = ModelConfig(
-        width=shape.width,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        max_length=shape.T,
-        dtype=shape.dtype,  # pyright: ignore[reportArgumentType]
-    )
-    model = ModularCapibaraModel(config, seed=0)
-    optimizer = adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY, beta1=BETAS[0], beta2=BETAS[1], clip_norm=CLIP)
-    strategy = plain(objective(model), optimizer)
-    tokens = np.random.default_rng(0).integers(0, 256, (shape.steps, shape.B, shape.T + 1), np.int32)
-    batches = {
-        "tokens": tokens[..., :-1],
-        "targets": tokens[..., 1:],
-        "segments": np.ones(tokens[..., 1:].shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape.T, dtype=np.int32), tokens[..., 1:].shape),
-        "mask": np.ones(tokens[..., 1:].shape, bool),
-    }
-    params = parameters(model)
-    held = {"state": strategy.init(params)}
-    program = jax.jit(lambda state, keys: local_steps(strategy.step, state, batches, keys), donate_argnums=0)
-    step_keys = jax.random.split(jax.random.key(0), shape.steps)
-
-    def ours() -> float:
-        held["state"], infos = program(held["state"], step_keys)
-        return float(infos["loss"][0])
-
-    theirs = torch_steps({name: np.array(leaf) for name, leaf in params.items()}, config, tokens, cores)
-    losses = ours(), theirs()
+    mine = training_steps(shape)
+    theirs = torch_steps(mine.params, mine.config, mine.tokens, cores)
+    losses = mine.run(), theirs()
     tolerance = 1e-4 if shape.dtype == "float32" else 2e-2
     if not abs(losses[0] - losses[1]) < tolerance * losses[1]:
         sys.exit(f"The first losses differ, {losses[0]} and {losses[1]}: the models are not the same.")
-    return ours, theirs
+    return mine.run, theirs
 
 
 def torch_steps(params: dict[str, np.ndarray], config: Any, tokens: np.ndarray, cores: int) -> Callable[[], float]:

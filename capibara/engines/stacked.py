@@ -3,7 +3,7 @@
     one jit:  map over nodes ( scan over H steps )
 
 On CPU the map is `lax.map`, which holds one node's activations at a time; on accelerators it is `vmap`, which fills
-the device. `benchmarks/engines.py` measures both on the machine at hand.
+the device. `benchmarks/stacked.py` measures both on the machine at hand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StackedEngine:
 
     def map(self, cohorts: tuple[Cohort, ...], assignment: Assignment) -> Returned:
         """Trains all nodes; `ask` and `deadline_s` do not apply, since one program answers for all."""
-        over = self.over or ("map" if jax.default_backend() == "cpu" else "vmap")
+        over = self.over or suited(jax.default_backend())
         num_nodes = sum(len(cohort.nodes) for cohort in cohorts)
         parts, kept, params = [], [], None
         losses = None
@@ -53,6 +53,11 @@ class StackedEngine:
         assert losses is not None
         stack = parts[0] if len(parts) == 1 else _interleave(cohorts, parts, num_nodes)
         return Returned(stack, tuple(kept), {}, losses, np.full(num_nodes, np.nan), params)
+
+
+def suited(backend: str) -> Literal["map", "vmap"]:
+    """How a backend goes over the nodes where nothing else is asked for."""
+    return "map" if backend == "cpu" else "vmap"
 
 
 @partial(jax.jit, static_argnames=("step", "over", "alone"))
