@@ -6,6 +6,7 @@ safetensors; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -39,6 +40,23 @@ class Files:
         with open(path, "r+b") as file:
             file.truncate(size)
             self.fsync(file.fileno())
+
+    def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        """Writes all of `data` at an offset of an open file; it counts after `fsync`."""
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            written = os.pwrite(descriptor, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def reserve(self, descriptor: int, size: int) -> None:
+        """Makes an open file `size` bytes long, with room for all of them where the file system can promise it."""
+        if hasattr(os, "posix_fallocate") and size:
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        os.ftruncate(descriptor, size)
 
     def fsync(self, descriptor: int) -> None:
         """Waits until a file's bytes are on the medium."""

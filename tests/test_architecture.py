@@ -23,6 +23,7 @@ LAYERS = (
     ("loop", "engines.base"),
     ("round",),
     ("engines", "data", "run", "monitor", "tpu", "hf"),
+    ("merge",),
     ("training",),
     ("cli",),
 )
@@ -46,6 +47,8 @@ LIGHT = (
     "capibara.data.split",
     "capibara.data.prepare",
     "capibara.run.directory",
+    "capibara.merge.merge",
+    "capibara.merge.sources",
 )
 """Importable without JAX."""
 

@@ -91,7 +91,7 @@ def digest_leaf(path: str, leaf: Any) -> bytes:
 def digest_tree(tree: PyTree) -> tuple[str, dict[str, str]]:
     """The digest of a tree, and that of every leaf, hex."""
     leaves = {path: digest_leaf(path, leaf) for path, leaf in named_leaves(tree).items()}
-    return _over(leaves), {path: digest.hex() for path, digest in leaves.items()}
+    return digest_over(leaves), {path: digest.hex() for path, digest in leaves.items()}
 
 
 def digest_rows(stack: PyTree, num_rows: int, *, threads: int | None = None) -> list[str]:
@@ -99,7 +99,7 @@ def digest_rows(stack: PyTree, num_rows: int, *, threads: int | None = None) -> 
     leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(stack).items()}
 
     def row(i: int) -> str:
-        return _over({path: digest_leaf(path, leaf[i]) for path, leaf in leaves.items()})
+        return digest_over({path: digest_leaf(path, leaf[i]) for path, leaf in leaves.items()})
 
     with ThreadPoolExecutor(threads or min(num_rows, os.cpu_count() or 1)) as pool:
         return list(pool.map(row, range(num_rows)))
@@ -112,7 +112,8 @@ def _is_canonical(line: Mapping[str, Any], text: bytes) -> bool:
         return False
 
 
-def _over(leaves: Mapping[str, bytes]) -> str:
+def digest_over(leaves: Mapping[str, bytes]) -> str:
+    """The digest of a tree, of the digests of its leaves by path."""
     return blake3(b"".join(leaves[path] for path in sorted(leaves))).hexdigest()
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from capibara.consensus import merging, networks
-from capibara.consensus.ballot import Ballot, Verdict, chain, open_ballot
+from capibara.consensus.ballot import Ballot, Rule, Verdict, chain, open_ballot
 from capibara.consensus.gates import GateVerdict, gate_differences, judge
 from capibara.consensus.record import strictest
 from capibara.consensus.validate import admit, finite_rows
@@ -99,14 +99,45 @@ def vote_models(
     ballot = open_ballot(deltas, weights)
     delta, verdict, _ = vote.apply(ballot, vote.init(middle), None)
     assert verdict.coefficients is not None
-    _recompute(ballot, verdict.coefficients, f, verification_rounds)
+    _recompute(byzantine_tolerant(f, clip_norms=False), ballot, verdict.coefficients, verification_rounds)
     reasons = strictest([*flags, ("outvoted", ~verdict.backing)], n)
     merged = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree_add(middle, delta), models[0])
     return ModelVote(merged, f, reasons, verdict.coefficients, verdict, quality, verification_rounds)
 
 
-def _recompute(ballot: Ballot, expected: np.ndarray, f: int, rounds: int) -> None:
-    rule, mean = byzantine_tolerant(f, clip_norms=False), merging.uniform().weights
+def vote_gram(
+    rule: Rule, gram: np.ndarray, finite: np.ndarray, f: int, *, verification_rounds: int = 3
+) -> tuple[np.ndarray, list[str]]:
+    """The same vote by any rule that sees products alone, where the models themselves are larger than memory.
+
+    Args:
+      rule: A rule that weighs or combines rows, as `byzantine_tolerant(f, clip_norms=False)`.
+      gram: float64[n, n], ⟨θᵢ − r, θⱼ − r⟩ with r the coordinate-wise median of the models that count.
+      finite: bool[n], the models that count; the others' products are 0.
+      f: Models that may be arbitrarily wrong.
+      verification_rounds: Recomputations on permuted models that must agree.
+
+    Returns:
+      Coefficients v[n] of the deltas, so that the result is r + Σ vᵢ(θᵢ − r), and for each model `backed` or why it
+      does not count.
+
+    Raises:
+      QuorumError: If fewer than n − f models count, or a recomputation does not agree.
+    """
+    n = len(gram)
+    flags = [("not_finite", ~finite)]
+    if finite.sum() < n - f:
+        raise _too_few(strictest(flags, n), n - f)
+    ballot = Ballot({}, finite.astype(np.float64), np.eye(n, n + 1), gram, {})
+    vote = chain(rule, merge=merging.uniform())
+    _, verdict, _ = vote.apply(ballot, vote.init({}), None)
+    assert verdict.coefficients is not None
+    _recompute(rule, ballot, verdict.coefficients, verification_rounds)
+    return verdict.coefficients, strictest([*flags, ("outvoted", ~verdict.backing)], n)
+
+
+def _recompute(rule: Rule, ballot: Ballot, expected: np.ndarray, rounds: int) -> None:
+    mean = merging.uniform().weights
     assert mean is not None
     lengths = np.diagonal(ballot.gram)[ballot.weights > 0]
     scale = max(float(np.median(lengths)), 1e-300)  # not the longest: one lie of 1e20 would make any two votes agree
