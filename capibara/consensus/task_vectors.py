@@ -13,6 +13,7 @@ that draw lots are in `dropout`.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +97,9 @@ def ties_tensor(density: float = 0.2, scale: float = 1.0) -> Merge:
 def breadcrumbs(density: float = 0.9, gamma: float = 0.01, scale: float = 0.4) -> Merge:
     """Model Breadcrumbs: per tensor both tails are dropped; Davari & Belilovsky 2024 (arXiv 2312.06795, §3).
 
-    Of d entries the ⌊gamma · d⌋ largest magnitudes (outliers) and the ⌊(1 − density − gamma) · d⌋ smallest are dropped,
-    ties with what stays excepted; then scale · Σ τ̂ᵢ. Where gamma · d < 1 nothing is cut off at the top; an
-    implementation that slices `[low : -0]` there loses the tensor. At least one entry stays.
+    Of d entries ⌊density · d⌋ stay, but at least one: the ⌊gamma · d⌋ largest magnitudes (outliers) are dropped, and as
+    many of the smallest as are left over, ties with what stays excepted; then scale · Σ τ̂ᵢ. Where gamma · d < 1 nothing
+    is cut off at the top; an implementation that slices `[low : -0]` there loses the tensor.
 
     Tolerates: a row's few largest entries, tensor by tensor; nothing else by itself.
     Cost: three passes over each tensor, which must be whole.
@@ -117,9 +118,9 @@ def breadcrumbs(density: float = 0.9, gamma: float = 0.01, scale: float = 0.4) -
 
         def leaf(rows: jax.Array, place: Place) -> jax.Array:
             size = _size(rows)
-            top = min(math.floor(gamma * size + 1e-9), size - 1)
-            bottom = min(math.floor((1 - density - gamma) * size + 1e-9), size - 1 - top)
-            high, low = kth_largest(lambda: [rows], [top + 1, size - bottom])
+            kept = count_kept(density, size)
+            top = min(math.floor(gamma * size + 1e-9), size - kept)
+            high, low = kth_largest(lambda: [rows], [top + 1, top + kept])
             return _band(rows, jnp.asarray(low), jnp.asarray(high), weights, np.float32(scale))
 
         return leaf
@@ -127,12 +128,12 @@ def breadcrumbs(density: float = 0.9, gamma: float = 0.01, scale: float = 0.4) -
     return Merge("breadcrumbs", prepare=prepare, whole_tensors=True)
 
 
-def sce(density: float = 0.1, scale: float = 1.0) -> Merge:
+def sce(density: float = 0.1, scale: float = 1.0, *, divide: bool = True) -> Merge:
     """SCE, per tensor: select, calculate, erase; Wan et al. 2024 (FuseChat, arXiv 2408.07990, §3).
 
     Select: the k = ⌊density · d⌋ coordinates in which the rows' variance is largest (ties stay). Calculate:
-    ηᵢ = Σ τ̂ᵢ² / Σⱼ Σ τ̂ⱼ² over them. Erase: entries against the sign of Σ τ̂ᵢ. The merge is scale · Σ ηᵢτ̂ᵢ, not
-    divided by the η of those that stay. The η replace weights, which are ignored.
+    ηᵢ = Σ τ̂ᵢ² / Σⱼ Σ τ̂ⱼ² over them. Erase: entries against the sign of Σ τ̂ᵢ. The merge is scale · Σ ηᵢτ̂ᵢ / Σ ηᵢ over
+    those that stay, as in mergekit; without `divide` it is the sum alone. The η replace weights, which are ignored.
 
     Tolerates: nothing by itself: the longest row has the largest weight.
     Cost: three passes over each tensor, which must be whole.
@@ -151,7 +152,7 @@ def sce(density: float = 0.1, scale: float = 1.0) -> Merge:
             with jax.enable_x64(True):
                 energy = np.asarray(_energies(rows, variance, low))
             shares = np.full(len(energy), 1 / len(energy)) if energy.sum() == 0 else energy / energy.sum()
-            return _erase(rows, variance, low, float32(shares), np.float32(scale))
+            return _erase(rows, variance, low, float32(shares), np.float32(scale), divide=divide)
 
         return leaf
 
@@ -227,8 +228,14 @@ def _energies(rows: jax.Array, variance: jax.Array, low: jax.Array) -> jax.Array
     return jnp.sum(jnp.square(chosen), axis=tuple(range(1, rows.ndim)))
 
 
-@jax.jit
-def _erase(rows: jax.Array, variance: jax.Array, low: jax.Array, shares: jax.Array, scale: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="divide")
+def _erase(
+    rows: jax.Array, variance: jax.Array, low: jax.Array, shares: jax.Array, scale: jax.Array, *, divide: bool
+) -> jax.Array:
     chosen = jnp.where((variance >= low)[None], rows, 0)
-    sign = jnp.sign(row_sum(chosen))
-    return scale * row_sum(each(shares, rows) * jnp.where(chosen * sign[None] > 0, chosen, 0))
+    left = jnp.where(chosen * jnp.sign(row_sum(chosen))[None] > 0, each(shares, rows), 0)
+    total = row_sum(left * chosen)
+    if divide:
+        share = row_sum(left)
+        total = total / jnp.where(share > 0, share, 1)
+    return scale * total

@@ -264,8 +264,9 @@ def test_breadcrumbs_drops_both_tails_and_sums(drawn, shares):
     for leaf in wide(stack):
         flat = leaf.reshape(len(leaf), -1)
         size = flat.shape[1]
-        top = min(int(gamma * size + 1e-9), size - 1)
-        bottom = min(int((1 - density - gamma) * size + 1e-9), size - 1 - top)
+        count = max(1, int(density * size + 1e-9))
+        top = min(int(gamma * size + 1e-9), size - count)
+        bottom = size - top - count
         ordered = np.sort(np.abs(flat), axis=1)
         low, high = ordered[:, bottom][:, None], ordered[:, size - 1 - top][:, None]
         kept = np.where((np.abs(flat) >= low) & (np.abs(flat) <= high), flat, 0.0)
@@ -277,12 +278,14 @@ def test_breadcrumbs_drops_both_tails_and_sums(drawn, shares):
 def test_breadcrumbs_keeps_tensors_too_small_for_an_outlier(size):
     """γ · d < 1: a slice that ends at -0 would be empty, and the tensor's delta lost without a word."""
     rows = np.arange(1, size + 1, dtype=np.float32)[None]
-    assert run(breadcrumbs(0.99, 0.01, 1.0), [rows])[0].tolist() == rows[0].tolist()
+    kept = max(1, int(0.9 * size))
+    expected = np.where(rows[0] > size - kept, rows[0], 0)
+    assert run(breadcrumbs(0.9, 0.01, 1.0), [rows])[0].tolist() == expected.tolist()
 
 
 @few
-@given(stacks(), st.sampled_from((0.01, 0.3, 0.6, 1.0)))
-def test_sce_selects_calculates_and_erases(drawn, density):
+@given(stacks(), st.sampled_from((0.01, 0.3, 0.6, 1.0)), st.booleans())
+def test_sce_selects_calculates_and_erases(drawn, density, divide):
     stack, _ = drawn
     expected = []
     for leaf in wide(stack):
@@ -301,8 +304,9 @@ def test_sce_selects_calculates_and_erases(drawn, density):
         energy = (chosen**2).sum(axis=1)
         eta = energy / energy.sum() if energy.sum() else np.full(len(flat), 1 / len(flat))
         left = np.where(np.sign(chosen) == np.sign(chosen.sum(axis=0)), chosen, 0.0)
-        expected.append((eta @ left).reshape(leaf.shape[1:]))
-    agree(run(sce(density), stack), expected, stack)
+        share = eta @ (left != 0) if divide else 1.0
+        expected.append((eta @ left / np.where(share == 0, 1, share)).reshape(leaf.shape[1:]))
+    agree(run(sce(density, divide=divide), stack), expected, stack)
 
 
 # ── by lot ───────────────────────────────────────────────────────────────────────────────────────────────────────────
