@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
 from capibara.consensus.models import ModelVote, vote_models
+from capibara.consensus.networks import MOST_ROWS
 from capibara.core.model import objective, parameters, with_parameters
 from capibara.errors import ConfigError
 from capibara.files import read_tensors
@@ -31,7 +31,7 @@ class ByzantineConsensus:
 
     Equivalent to:
       trees = [parameters(model) for model in models]
-      f = min(math.floor(Fraction(str(fault_tolerance)) * len(trees)), (len(trees) - 1) // 3)
+      f = min(math.floor(fault_tolerance * len(trees)), (len(trees) - 1) // 3)
       result = vote_models(trees, f, verification_rounds=verification_rounds)
       model = with_parameters(models[0], result.merged)
     """
@@ -53,13 +53,18 @@ class ByzantineConsensus:
             models with `loss(batch)` have one.
 
         Raises:
-          ConfigError: If there are no models, they do not fit each other, or have no loss to validate.
+          ConfigError: If there are no models or more than 32, they do not fit each other, or have no loss to validate.
           CertificateError: If a file is missing or is no safetensors file.
           QuorumError: If fewer than n − f models count.
         """
         trees = [_tree(model) for model in models]
         n = len(trees)
-        f = min(math.floor(Fraction(str(self.fault_tolerance)) * n), (n - 1) // 3) if n else 0
+        f = min(math.floor(self.fault_tolerance * n), (n - 1) // 3) if n else 0
+        if n > MOST_ROWS:
+            raise ConfigError(
+                f"A vote over models takes at most {MOST_ROWS} of them, since it starts from their "
+                f"coordinate-wise median; got {n}. Leave some out."
+            )
         if 1 < n < 4 and self.fault_tolerance > 0:
             warnings.warn(
                 f"{n} models tolerate f = 0 wrong ones, whatever fault_tolerance says; n = 4 is the least for f = 1.",

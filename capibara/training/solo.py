@@ -26,6 +26,7 @@ from capibara.core.config import ModularConfig
 from capibara.core.model import ModularCapibaraModel, parameters, with_parameters
 from capibara.data.batches import documents_of
 from capibara.errors import CertificateError, ConfigError, DataError, RunError
+from capibara.files import Files
 from capibara.loop import StepInfo, fit
 from capibara.run.callbacks import Callback, TrainingLog, reaches, record
 from capibara.run.checkpoint import newest_intact, prune, save_checkpoint
@@ -62,6 +63,7 @@ def train_solo(
     eval_every: int | None = None,
     callbacks: Sequence[Callback] = (),
     echo: Callable[[str], None] | None = None,
+    files: Files | None = None,
 ) -> TrainingResults:
     """Trains one model on text, in a new run directory or in one to be resumed.
 
@@ -76,6 +78,7 @@ def train_solo(
       eval_every: Steps between evaluations; an epoch if None. The first and the last state are always evaluated.
       callbacks: Each is called with a `StepInfo` after every `log_every` steps.
       echo: Gets every log line.
+      files: Where the run directory is written through; the real file system if None.
 
     Raises:
       ConfigError: If the run was started with another configuration, or `resume` is none of the three.
@@ -95,7 +98,7 @@ def train_solo(
         raise RunError(f"{folder} holds a run already. Resume it with resume='auto', or name another checkpoint_dir.")
     if not found and resume is True:
         raise RunError(f"{folder} holds no run to resume. Start one with resume='auto', or name its checkpoint_dir.")
-    with Run.open(folder) if found else Run.create(folder, "") as run:
+    with Run.open(folder, files=files) if found else Run.create(folder, "", files=files) as run:
         begun = bool((folder / "config.toml").read_bytes())
         if begun and not (folder / SOLO).is_file():
             raise RunError(f"{folder} holds a consensus run: `capibara resume {folder}`. Name another checkpoint_dir.")

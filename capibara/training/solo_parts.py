@@ -84,11 +84,11 @@ def open_parts(
     held_out = 0.0 if eval_data is not None else config.data.held_out_fraction
     data = config.data.model_copy(update={"path": train_data, "held_out_fraction": held_out})
     tokenizer = run_tokenizer(config.model_copy(update={"data": data}), run, model)
-    source = _open(data, run, tokenizer, training.seed)
     if model is None:
         model = ModularCapibaraModel(config.replace(model={"vocab_size": tokenizer.vocab_size}))
     if isinstance(model, ModularCapibaraModel):
         give_tokenizer(model, tokenizer)
+    source = _open(data, run, tokenizer, training.seed)
     sequences = source.train_tokens // source.tokens_per_sequence
     if sequences < training.batch_size:
         raise DataError(
