@@ -79,11 +79,13 @@ def final_gate(
 ) -> FinalVerdict:
     """Refuses θ' when it is not finite, or shown to be worse than its parent or than the anchor by more than `limit`.
 
-    Cost: three forward passes over the batch.
+    Cost: three forward passes over the batch; two where the anchor is the parent itself, as after every improvement.
     """
     losses = partial(sequence_sums, objective)
     new, tokens = losses(candidate, batch)
-    verdicts = [paired((new - losses(old, batch)[0])[None], tokens) for old in (parent, anchor)]
+    before = losses(parent, batch)[0]
+    best = before if anchor is parent else losses(anchor, batch)[0]
+    verdicts = [paired((new - old)[None], tokens) for old in (before, best)]
     (parent_mean, parent_se), (anchor_mean, anchor_se) = ((float(m[0]), float(s[0])) for m, s in verdicts)
     harmful = parent_mean - 2 * parent_se > limit or anchor_mean - 2 * anchor_se > limit
     passed = bool(np.isfinite(new).all()) and not harmful and all(

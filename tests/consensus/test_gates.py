@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,6 +102,25 @@ def test_slow_drift_from_the_anchor_is_refused_though_every_step_is_small(batch)
     parent, anchor, candidate = ({"w": jnp.full(3, jnp.float32(x))} for x in (0.9, 0.0, 0.92))
     verdict = final_gate(objective, parent, anchor, candidate, batch, LIMIT)
     assert verdict.parent_mean < LIMIT < verdict.anchor_mean and not verdict.passed
+
+
+def test_an_anchor_that_is_the_parent_costs_no_pass_and_changes_no_bit(batch):
+    passes = []
+
+    def counted(params, batch):
+        jax.debug.callback(lambda: passes.append(1))
+        return sequence_losses(params, batch)
+
+    def verdict(anchor):
+        passes.clear()
+        found = final_gate(objective._replace(sequence_losses=counted), parent, anchor, candidate, batch, LIMIT)
+        jax.effects_barrier()
+        return found, len(passes)
+
+    parent, candidate = {"w": jnp.full(3, jnp.float32(0.3))}, {"w": jnp.full(3, jnp.float32(0.2))}
+    (same, two), (copied, three) = verdict(parent), verdict(dict(parent))
+    assert (two, three) == (2, 3)
+    assert same == copied and same.parent_mean == same.anchor_mean < 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
