@@ -1,9 +1,9 @@
-"""Merge weights for a metric that has no gradient, such as accuracy: line searches towards one model after another.
+"""Merge weights for a metric that has no gradient, such as accuracy: line searches over one model's share at a time.
 
-    w ← (1 − α) w + α eᵢ,  α by golden section,  i in turn
+    w ← (1 − α) w + α eᵢ,  from wᵢ = 0 to wᵢ = 1 by golden section,  i in turn
 
-Each line starts at w itself and an evaluation that is no better is thrown away, so the metric never gets worse. There
-is no certificate: the label is `none`.
+An evaluation that is no better than w is thrown away, so the metric never gets worse. There is no certificate: the
+label is `none`.
 """
 
 from __future__ import annotations
@@ -66,12 +66,17 @@ def search(
 def _golden(
     ask: Callable[[np.ndarray], float], w: np.ndarray, corner: np.ndarray, budget: int
 ) -> tuple[np.ndarray, float]:
-    """The best of at most `budget` points on the segment from w to a corner."""
-    low, high, seen = 0.0, 1.0, dict[float, float]()
+    """The best of at most `budget` points on the line through w and a corner, across the simplex."""
+    own = float(w @ corner)
+    low, high, seen = -own / (1 - own) if own < 1 else 0.0, 1.0, dict[float, float]()
+
+    def point(alpha: float) -> np.ndarray:
+        moved = np.maximum((1 - alpha) * w + alpha * corner, 0.0)
+        return moved / moved.sum()
 
     def at(alpha: float) -> float:
         if alpha not in seen:
-            seen[alpha] = ask((1 - alpha) * w + alpha * corner) if len(seen) < budget else np.inf
+            seen[alpha] = ask(point(alpha)) if len(seen) < budget else np.inf
         return seen[alpha]
 
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
@@ -85,4 +90,4 @@ def _golden(
     if not seen:
         return w, np.inf
     alpha = min(seen, key=lambda key: seen[key])
-    return (1 - alpha) * w + alpha * corner, seen[alpha]
+    return point(alpha), seen[alpha]

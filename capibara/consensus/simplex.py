@@ -14,6 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 ARMIJO = 1e-4
+MANY_LEAVE = 0.2
+"""Share of a face beyond which its coordinates do not leave one by one: the search begins at a corner and adds."""
+
 TO_THE_EDGE = 0.99
 """Share of the way to the boundary that one step may go where the penalty has no gradient there."""
 
@@ -162,22 +165,28 @@ def gap_of(smooth: Smooth, penalty: Penalty, w: np.ndarray, gradient: np.ndarray
     return linear_gap(w, gradient, penalty)
 
 
-def quadratic_minimum(hessian: np.ndarray, slope: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """argmin of ½ xᵀHx + ⟨slope, x⟩ over the simplex, H positive semidefinite, by an active set.
+def quadratic_minimum(hessian: np.ndarray, gradient: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The x of the simplex with the least ⟨g, x − start⟩ + ½ (x − start)ᵀH(x − start), H positive semidefinite.
 
-    From `start` on the simplex: minimise over the face of the positive coordinates, stop at its edge, free the
-    coordinate with the most negative reduced gradient. A ridge of 1e-12 of H's size decides between equal minima.
+    An active set: minimise over the face of the positive coordinates, stop at its edge, free the coordinate with the
+    most negative reduced gradient. All is reckoned from `start`, so that near the optimum nothing cancels. A ridge of
+    1e-12 of each coordinate's own size (they may differ by 1e10 under KL) decides between equal minima.
     """
-    size = max(float(np.abs(hessian).max()), 1e-300)
-    h = hessian + 1e-12 * size * np.eye(len(slope))
-    x, free = start.copy(), start > 0
-    for _ in range(4 * len(slope) + 8):
+    spread = max(float(np.ptp(gradient)), 1e-300)
+    h = hessian + 1e-12 * np.diag(np.diagonal(hessian) + spread)
+    x, free, from_corner = start.copy(), start > 0, False
+    for _ in range(4 * len(x) + 8):
         while True:
             face = np.flatnonzero(free)
-            target = _face_minimum(h[np.ix_(face, face)], slope[face], size)
+            reduced = gradient + h @ (x - start)
+            target = x[face] + _face_step(h[np.ix_(face, face)], reduced[face])
+            if not from_corner and (target <= 0).sum() > MANY_LEAVE * len(face):
+                from_corner, best = True, int(np.argmin(gradient - h @ start + 0.5 * np.diagonal(h)))
+                x, free = np.eye(len(x))[best], np.arange(len(x)) == best
+                continue
             if target.min() > 0:
                 x = np.zeros_like(x)
-                x[face] = target
+                x[face] = target / target.sum()
                 break
             at = x[face]
             down = target <= 0
@@ -185,27 +194,28 @@ def quadratic_minimum(hessian: np.ndarray, slope: np.ndarray, start: np.ndarray)
             x[face] = np.maximum(at + reach.min() * (target - at), 0.0)
             out = face[down][reach <= reach.min()]
             x[out], free[out] = 0.0, False
-            if not free.any():  # rounding only: the best vertex is where the walk resumes
-                free[np.argmin(slope + 0.5 * np.diagonal(h))] = True
-        reduced = h @ x + slope
-        level = float(reduced @ x)
+            if not free.any():  # rounding only
+                return start
+        reduced = gradient + h @ (x - start)
+        rounding = 1e-15 * float((np.abs(gradient) + np.abs(h) @ np.abs(x - start)).max())
         entering = int(np.argmin(reduced))
-        if free[entering] or reduced[entering] >= level - 1e-13 * (size + np.abs(slope).max()):
+        if free[entering] or reduced[entering] >= reduced @ x - rounding:
             break
         free[entering] = True
     return x / x.sum()
 
 
-def _face_minimum(h: np.ndarray, slope: np.ndarray, size: float) -> np.ndarray:
-    """Minimum with Σx = 1, signs free: the bordered system, scaled so that its border is as large as H."""
-    m = len(slope)
+def _face_step(h: np.ndarray, reduced: np.ndarray) -> np.ndarray:
+    """The step δ with Σδ = 0 to the minimum of a face, signs free; scaled so that H has a diagonal of ones."""
+    m, scale = len(reduced), 1 / np.sqrt(np.diagonal(h))
+    border = scale / scale.max()
     system = np.zeros((m + 1, m + 1))
-    system[:m, :m], system[m, :m], system[:m, m] = h / size, 1.0, 1.0
-    right = np.append(-slope / size, 1.0)
+    system[:m, :m], system[m, :m], system[:m, m] = h * scale * scale[:, None], border, border
+    right = np.append((reduced.min() - reduced) * scale, 0.0)
     try:
-        return np.linalg.solve(system, right)[:m]
+        return scale * np.linalg.solve(system, right)[:m]
     except np.linalg.LinAlgError:
-        return np.linalg.lstsq(system, right, rcond=None)[0][:m]
+        return scale * np.linalg.lstsq(system, right, rcond=None)[0][:m]
 
 
 def _newton_step(
@@ -213,14 +223,14 @@ def _newton_step(
 ) -> np.ndarray | None:
     slope = gradient + penalty.gradient(w)
     curved = hessian + np.diag(penalty.curvature(w))
-    direction = quadratic_minimum(curved, slope - curved @ w, w) - w
-    descent = float(slope @ direction)
+    direction = quadratic_minimum(curved, slope, w) - w
+    descent = float((slope - slope @ w) @ direction)  # Σ direction = 0 but for rounding, which a constant would magnify
     if not descent < 0:
         return None
     step = 1.0
     if penalty.name == "kl" and (down := direction < 0).any():
         step = min(1.0, TO_THE_EDGE * float((-w[down] / direction[down]).min()))
-    rounding = 1e-15 * max(1.0, abs(value))
+    rounding = 1e-14 * max(1.0, abs(value))  # of a sum in float64: near the end Newton gains less than this
     for _ in range(50):
         candidate = np.maximum(w + step * direction, 0.0)
         candidate /= candidate.sum()
