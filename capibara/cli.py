@@ -147,7 +147,7 @@ def train(
     """Train by consensus as CONFIG says.
 
     CONFIG is a TOML file, or the name of a preset: development, small, tiny-cpu. Values are taken from the command
-    line, then from CAPIBARA_SECTION_KEY in the environment, then from the file. Every round is committed to the run
+    line, then from CAPIBARA_SECTION__KEY in the environment, then from the file. Every round is committed to the run
     directory, so that a run can be stopped at any moment and resumed.
     """
     loaded = _load(config_path, (*overrides, *([_attack(attack)] if attack else [])))
