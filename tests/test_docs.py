@@ -47,6 +47,12 @@ def runnable(text: str) -> Iterator[tuple[int, str]]:
             yield text.count("\n", 0, match.start("body")), match["body"]
 
 
+def anchors(text: str) -> set[str]:
+    """What a link after # may name: headings in small letters, without punctuation, spaces as hyphens."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def commands(text: str) -> Iterator[str]:
     """Every `capibara …` command line in a shell block or between backticks, without comments and pipes."""
     blocks = [match["body"] for match in FENCE.finditer(text) if match["language"] != "python"]
@@ -77,6 +83,15 @@ def test_relative_links_resolve(name: str):
     targets = [target for target in LINK.findall(text) if not re.match(r"[a-z]+:|#", target)]
     missing = [target for target in targets if not (DOCUMENTS[name].parent / target.split("#")[0]).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_anchors_are_headings(name: str):
+    links = LINK.findall(FENCE.sub("", DOCUMENTS[name].read_text()))
+    targets = [target.split("#") for target in links if "#" in target]
+    folder = DOCUMENTS[name].parent
+    ours = [(folder / file if file else DOCUMENTS[name], anchor) for file, anchor in targets if ":" not in file]
+    assert not [(path.name, anchor) for path, anchor in ours if anchor not in anchors(path.read_text())]
 
 
 def test_the_index_leads_to_every_page():

@@ -2,7 +2,7 @@
 
     d = L(θ + αΔ) − L(θ) per sequence;   out when  mean d − 2·SE > −ln(quality_threshold)  and most shards agree
 
-A fuse for broken nodes, not a judge of merit: it must not pick winners (measurements in docs/protocol.md).
+A fuse for broken nodes, not a judge of merit: it must not pick winners (docs/voting.md, the gate).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def optimised(strength: str | None = None) -> Attack:
     the gate: a candidate that the gate throws out is wasted on it.
 
     Needs: all honest deltas, and the rule.
-    Beats: the mean and Krum; it is the worst case for most rules, the default vote included (docs/protocol.md).
+    Beats: the mean and Krum; it is the worst case for most rules, the default vote included (docs/quality.md).
     Strength: `alie` or `ipm` to search that family only; both.
 
     Raises:

@@ -1,7 +1,7 @@
 """Attacks on what a node returns. m and s are the mean and the standard deviation of the honest rows, by coordinate.
 
 Each says what it needs to know, what it beats, and what its strength means. Where a rule is said to be beaten, the
-measurement is in docs/protocol.md or the source.
+measurement is in docs/quality.md or the source.
 """
 
 from __future__ import annotations
