@@ -18,8 +18,8 @@ from capibara.consensus.convex import jensen_gap, mixture_loss, resolution
 from capibara.consensus.simplex import Penalty, Smooth, Solution, linear_gap, minimise
 from capibara.errors import ConfigError
 
-SMOOTHING = tuple(10.0**-k for k in range(1, 11))
-"""Temperatures τ; a maximum over D domains is smoothed by at most τ log D."""
+SMOOTHING = tuple(10.0**-k for k in range(1, 10))
+"""Temperatures τ; a maximum over D domains is smoothed by at most τ log D. Below 1e-9 softmax(f/τ) is rounding."""
 
 
 class Saddle(NamedTuple):
@@ -41,7 +41,7 @@ def minimax(
     penalty: Penalty,
     *,
     max_iterations: int = 100,
-    tolerance: float = 1e-9,
+    tolerance: float = 1e-8,
 ) -> Saddle:
     """Weights for the worst of D domains.
 
@@ -73,7 +73,7 @@ def minimax(
             penalty,
             np.maximum(w, 1e-9) / np.maximum(w, 1e-9).sum() if penalty.name == "kl" else w,
             max_iterations=max_iterations - steps,
-            tolerance=temperature / 10,
+            tolerance=max(temperature / 10, tolerance / 10),
         )
         w, steps = found.weights, steps + found.iterations
         each = [part.derivatives(w) for part in parts]

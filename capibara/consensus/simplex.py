@@ -14,6 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 ARMIJO = 1e-4
+IDLE = 10
+"""Steps in a row that do not lessen the gap before the search ends: only rounding is left."""
+
 MANY_LEAVE = 0.2
 """Share of a face beyond which its coordinates do not leave one by one: the search begins at a corner and adds."""
 
@@ -142,12 +145,13 @@ def minimise(
     Cost: one Hessian a step, O(M³) for the model's minimum, one value for each halving of the step.
     Fails when: f is not convex; the gap then bounds nothing.
     """
-    w, lower, iterations = start, -np.inf, 0
+    w, lower, iterations, least, idle = start, -np.inf, 0, np.inf, 0
     while True:
         loss, gradient, hessian = smooth.derivatives(w)
         value = loss + penalty.value(w)
         lower = max(lower, value - gap_of(smooth, penalty, w, gradient))
-        if value - lower <= tolerance or iterations >= max_iterations:
+        idle, least = (0, value - lower) if value - lower < least else (idle + 1, least)
+        if value - lower <= tolerance or iterations >= max_iterations or idle == IDLE:
             break
         moved = _newton_step(smooth, penalty, w, value, gradient, hessian)
         if moved is None:
