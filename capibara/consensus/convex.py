@@ -65,7 +65,7 @@ def mixture(
       >>> import numpy as np
       >>> found = mixture(np.log([[0.8, 0.1], [0.2, 0.7], [0.8, 0.1]]))
       >>> found.weights.round(3).tolist(), found.gap < 1e-9
-      ([0.762, 0.238], True)
+      ([0.886, 0.114], True)
     """
     logs = np.asarray(logs)
     if logs.ndim != 2 or 0 in logs.shape:
