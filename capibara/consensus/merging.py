@@ -1,9 +1,17 @@
-"""Merges: what is left of the rows after the vote becomes one delta. Each may stand behind any vote that allows one."""
+"""Means: what is left of the rows after the vote becomes one delta. Each may stand behind any vote that allows one.
+
+Merges with a shape of their own are in `spherical`, `task_vectors`, `dropout` and `model_stock`; those that weigh by
+data, in `fisher`. docs/merging.md has them all in one table.
+"""
 
 from __future__ import annotations
 
+import jax
+
 from capibara.consensus import networks
 from capibara.consensus.ballot import Merge, capped
+from capibara.errors import ConfigError
+from capibara.types import PyTree
 
 
 def weighted_average() -> Merge:
@@ -28,3 +36,21 @@ def trimmed_mean(f: int) -> Merge:
 def median() -> Merge:
     """Per coordinate the middle row, or the mean of the two middle ones. Ignores weights above 0."""
     return Merge("median", leaf=networks.median)
+
+
+def wise(base: PyTree, tuned: PyTree, alpha: float) -> PyTree:
+    """(1 − α)θ₀ + αθ₁, a point of the WiSE-FT line; Wortsman et al. 2022 (arXiv 2109.01903, §3).
+
+    The paper's line is α from 0 to 1; choose on held-out data of both distributions. α > 1 extrapolates. Both ends are
+    exact.
+
+    Tolerates: nothing: it is the two models.
+    Cost: one pass, in blocks of any length.
+    Fails when: the tuned model has left the base's basin: the middle of the line is then worse than both ends.
+
+    Raises:
+      ConfigError: If α is negative or not finite.
+    """
+    if not 0 <= alpha < float("inf"):
+        raise ConfigError(f"wise: alpha is a finite number of at least 0; got {alpha}.")
+    return jax.tree.map(lambda a, b: (1 - alpha) * a + alpha * b, base, tuned)
