@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from capibara import __version__
+from capibara.cli_merge import add_merge
 from capibara.errors import CapibaraError, ConfigError
 
 
@@ -277,6 +278,9 @@ def doctor(as_json: bool) -> None:
         findings = examine()
     _say(as_json, findings, doctor_text(findings))
     sys.exit(1 if findings["problem"] else 0)
+
+
+add_merge(main, command, lambda as_json, payload, text: _say(as_json, payload, text))
 
 
 def _start_process() -> None:

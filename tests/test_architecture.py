@@ -25,6 +25,7 @@ LAYERS = (
     ("engines", "data", "run", "monitor", "tpu", "hf"),
     ("merge",),
     ("training",),
+    ("cli_merge",),
     ("cli",),
 )
 """A module imports from earlier layers and from its own package, nothing else."""
@@ -37,6 +38,7 @@ LIGHT = (
     "capibara.files",
     "capibara.runtime",
     "capibara.cli",
+    "capibara.cli_merge",
     "capibara.consensus.vocabulary",
     "capibara.consensus.section",
     "capibara.consensus.config",

@@ -33,14 +33,13 @@ def carried_files(first: Checkpoint, jobs: Sequence[Job]) -> dict[str, bytes]:
     return found
 
 
-def model_card(record: dict[str, Any], checkpoints: Sequence[Checkpoint]) -> str:
+def model_card(record: dict[str, Any]) -> str:
     """README.md: method, inputs with digests and weights, how certain, how measured, how to make it again."""
     method = record["method"]
     lines = ["---", "tags:", "- merge", "- capibara", "---", "", "# Merged model", ""]
     lines += [
-        f"Made of {len(checkpoints)} checkpoints by `{method}`: {METHODS[method].about}. Sums were taken in float32"
-        + (" or wider; " if record["dtype"] != "float32" else "; ")
-        + _rounding(record),
+        f"Made of {len(record['inputs'])} checkpoints by `{method}`: {METHODS[method].about}. Sums were taken in "
+        f"float32 or wider; {_rounding(record)}",
         "",
         "| input | digest (BLAKE3 of its tensors) | weight | note |",
         "|---|---|---|---|",
@@ -54,6 +53,10 @@ def model_card(record: dict[str, Any], checkpoints: Sequence[Checkpoint]) -> str
         lines.append(f"| and {len(record['inputs']) - MOST_NAMED} more, in `merge.json` | | | |")
     if record.get("middle"):
         lines += ["", f"A share of {record['middle']:.6g} stays on the coordinate-wise median of the inputs."]
+    if "base" in record:
+        lines += ["", f"Base: {_cell(Path(record['base']['path']).name)}, `{record['base']['digest'][:32]}…`."]
+    if record["options"]:
+        lines += ["", "Options: " + ", ".join(f"{name} = {value:g}" for name, value in record["options"].items()) + "."]
     lines += ["", "## Certificate", "", *_certificate(record), "", "## Evaluation", "", *_evaluation(record), ""]
     lines += [
         "## Made again",

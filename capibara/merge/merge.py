@@ -71,7 +71,7 @@ def merge(
     recipe.check()
     method, out = method_of(recipe), Path(out)
     _check_out(out, recipe)
-    checkpoints = [open_checkpoint(path) for path in recipe.inputs]
+    checkpoints = [open_checkpoint(path) for path in (*recipe.inputs, *([recipe.base] if recipe.base else []))]
     maps = {i: read_map(path) for i, path in recipe.vocabulary_maps.items()}
     jobs = plan_jobs(checkpoints, dtype=DTYPES[recipe.dtype] if recipe.dtype else None, vocabulary=maps)
     identity = _identity(recipe, checkpoints)
@@ -169,10 +169,8 @@ class _Merge:
         lines = {line["tensor"]: line for line in self.journal.lines if "tensor" in line}
         tensors = {job.name: lines[job.name]["digest"] for job in self.jobs}
         inputs = []
-        for i, checkpoint in enumerate(self.checkpoints):
-            leaves = {name: bytes.fromhex(digests[i]) for name, digests in self.passes.inputs.items()}
-            entry: dict[str, Any] = {"path": str(checkpoint.path.resolve()), "kind": checkpoint.kind}
-            entry["digest"] = digest_over(leaves)
+        for i, checkpoint in enumerate(self.checkpoints[: len(self.recipe.inputs)]):
+            entry = self._about(i, checkpoint)
             if self.recipe.weights is not None:
                 entry["weight"] = self.recipe.weights[i]
             if decision is not None and decision.reasons:
@@ -184,11 +182,16 @@ class _Merge:
             "identity": identity,
             **{key: value for key, value in self.recipe.decides().items() if key not in ("weights", "maps")},
             "inputs": inputs,
+            **({"base": self._about(len(inputs), self.checkpoints[-1])} if self.recipe.base else {}),
             **({"middle": decision.middle} if decision and decision.reasons else {}),
             "parameters": sum(job.numbers for job in self.jobs),
             "digest": digest_over({name: bytes.fromhex(digest) for name, digest in tensors.items()}),
             "tensors": tensors,
         }
+
+    def _about(self, i: int, checkpoint: Checkpoint) -> dict[str, Any]:
+        leaves = {name: bytes.fromhex(digests[i]) for name, digests in self.passes.inputs.items()}
+        return {"path": str(checkpoint.path.resolve()), "kind": checkpoint.kind, "digest": digest_over(leaves)}
 
     def _check_digests(self, record: dict[str, Any]) -> None:
         for entry, wanted in zip(record["inputs"], self.recipe.digests, strict=False):
@@ -219,7 +222,7 @@ class _Merge:
             files.write(work / INDEX, index)
         files.write(work / RECORD, text)
         files.write(work / "recipe.toml", recipe)
-        files.write(work / "README.md", model_card(record, self.checkpoints).encode())
+        files.write(work / "README.md", model_card(record).encode())
         files.fsync_folder(work)
         files.rename(work, out)
         files.fsync_folder(out.parent)
@@ -228,7 +231,7 @@ class _Merge:
 
 def _check_out(out: Path, recipe: Recipe) -> None:
     target = out.resolve()
-    for path in recipe.inputs:
+    for path in (*recipe.inputs, *([recipe.base] if recipe.base else [])):
         given = path.resolve()
         if given == target:
             raise ConfigError(f"The output {out} is one of the inputs; name another place.")

@@ -1,9 +1,9 @@
 """The methods by name: what each needs to know of all inputs, and what it then does with every number.
 
-    uniform · weighted · median · trimmed_mean                        one pass
-    slerp                            products of each tensor          two passes
-    geometric_median · byzantine_tolerant · krum · multi_krum · centered_clipping
-                                     products of the whole models     two passes
+    uniform · weighted · median · trimmed_mean                                         one pass
+    slerp · karcher · rda · model_stock         products of each tensor, then          one pass
+    the votes · task_arithmetic · model_stock_whole     of the whole models, then      one pass
+    ties · dare · della · breadcrumbs · sce     whole tensors in memory                one to four passes
 
 After the pass that takes products, everything but the middle is one n-vector of coefficients: a linear merge.
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from capibara.errors import ConfigError, unknown_name
 from capibara.merge import kernels
+from capibara.merge.plan import Job
 from capibara.merge.recipe import Recipe
 
 WHOLE, EACH = "whole", "each"
@@ -28,34 +29,67 @@ class Method(NamedTuple):
     Attributes:
       about: One clause for the help and the card.
       gram: None, or whether products are taken over the `whole` models or over `each` tensor.
-      reference: What the products are of the differences from, as `kernels.gram` names it; `base` for the base model.
+      reference: What the products are of the differences from: `median`, or `base` for the base model, if there is one.
       weights: Whether it takes weights.
       least: Fewest inputs.
       most: Most inputs; None for any number.
       per_fault: With f faulty inputs it needs `per_fault · f + least`; None where it knows no f.
+      base: Whether it `must` have a base model, `may` have one, or has `no` use for one.
+      options: Names of its own numbers.
+      whole_tensors: Whether it holds the largest tensor of every input in memory.
     """
 
     about: str
     gram: str | None = None
-    reference: str = "zero"
+    reference: str = "base"
     weights: bool = False
     least: int = 2
     most: int | None = None
     per_fault: int | None = None
+    base: str = "no"
+    options: tuple[str, ...] = ()
+    whole_tensors: bool = False
+
+
+def _vote(about: str, least: int = 1) -> Method:
+    return Method(about, WHOLE, "median", least=least, per_fault=2)
+
+
+def _sphere(about: str) -> Method:
+    return Method(about, EACH, weights=True, base="may")
+
+
+def _sparse(about: str, *options: str, weights: bool = True) -> Method:
+    return Method(about, weights=weights, base="must", options=options, whole_tensors=True)
 
 
 METHODS: dict[str, Method] = {
     "uniform": Method("the mean"),
-    "weighted": Method("Σ wᵢθᵢ with --weights", weights=True),
-    "slerp": Method("the great circle between two, tensor by tensor; --weights 1−t,t", EACH, weights=True, most=2),
+    "weighted": Method("Σ wᵢθᵢ", weights=True),
     "median": Method("the middle of every number", least=1, per_fault=2),
     "trimmed_mean": Method("the mean without the f lowest and highest of every number", least=1, per_fault=2),
-    "geometric_median": Method("the point of least summed distance", WHOLE, "median", least=1, per_fault=2),
-    "byzantine_tolerant": Method("the vote: neighbours mixed, far ones clipped", WHOLE, "median", least=1, per_fault=2),
-    "centered_clipping": Method("a mean that no input moves far", WHOLE, "median", least=1, per_fault=2),
-    "krum": Method("the input nearest to its neighbours", WHOLE, "median", least=3, per_fault=2),
-    "multi_krum": Method("the mean of the n − f best by Krum", WHOLE, "median", least=3, per_fault=2),
+    "geometric_median": _vote("the point of least summed distance"),
+    "byzantine_tolerant": _vote("the vote: neighbours mixed, far ones clipped, gross ones named"),
+    "centered_clipping": _vote("a mean that no input moves far"),
+    "krum": _vote("the input nearest to its neighbours", 3),
+    "multi_krum": _vote("the mean of the n − f best by Krum", 3),
+    "slerp": _sphere("the great circle between directions, tensor by tensor"),
+    "karcher": _sphere("the mean direction, at the mean length, tensor by tensor"),
+    "rda": _sphere("direction and length averaged apart, tensor by tensor"),
+    "model_stock": Method("Model Stock, tensor by tensor", EACH, base="must"),
+    "model_stock_whole": Method("Model Stock with one angle for the whole model", WHOLE, base="must"),
+    "task_arithmetic": Method("the base and scale · Σ τᵢ", WHOLE, weights=True, base="must", options=("scale",)),
+    "ties": _sparse("TIES, trimmed over the whole model", "density", "scale"),
+    "ties_tensor": _sparse("TIES, trimmed within each tensor", "density", "scale"),
+    "dare": _sparse("DARE, rescaled by 1/density", "density", "scale"),
+    "dare_norm": _sparse("DARE, rescaled to the L1 norm", "density", "scale"),
+    "dare_ties": _sparse("DARE, then the election of TIES", "density", "scale"),
+    "della": _sparse("DELLA", "density", "epsilon", "scale"),
+    "breadcrumbs": _sparse("Model Breadcrumbs", "density", "gamma", "scale"),
+    "sce": _sparse("SCE", "density", "scale", weights=False),
 }
+"""Which algorithm each name is, and the paper, are in the docstrings of `capibara.consensus`."""
+
 
 class Decision(NamedTuple):
     """What the pass over products decided.
@@ -89,6 +123,14 @@ def method_of(recipe: Recipe) -> Method:
         raise ConfigError(f"{name} takes no weights. Use 'weighted', or leave --weights out.")
     if name == "weighted" and recipe.weights is None:
         raise ConfigError("weighted needs --weights, one for each checkpoint, summing to 1. Or use 'uniform'.")
+    if recipe.base is None and method.base == "must":
+        raise ConfigError(f"{name} merges what fine-tuning changed: give the model that was fine-tuned as --base.")
+    if recipe.base is not None and method.base == "no":
+        raise ConfigError(f"{name} has no use for a base model. Leave --base out, or use 'task_arithmetic'.")
+    for option in recipe.options:
+        if option not in method.options:
+            raise ConfigError(f"{name}: " + (unknown_name("option", option, method.options) if method.options else
+                              f"it has no options; got {option!r}."))
     if recipe.faulty is not None:
         if method.per_fault is None:
             raise ConfigError(f"{name} knows no faulty inputs. Use 'byzantine_tolerant', or leave --faulty out.")
@@ -105,9 +147,13 @@ def faulty(recipe: Recipe) -> int:
     return recipe.faulty if recipe.faulty is not None else (len(recipe.inputs) - 1) // 3
 
 
-def one_pass(recipe: Recipe) -> kernels.Kernel:
+def one_pass(recipe: Recipe, jobs: Sequence[Job]) -> kernels.Kernel:
     """The kernel of a method that needs no products."""
     f = faulty(recipe)
+    if METHODS[recipe.method].whole_tensors:
+        from capibara.merge.named import whole_tensors
+
+        return whole_tensors(recipe, jobs)
     makers: dict[str, Callable[[], kernels.Kernel]] = {
         "uniform": lambda: kernels.mean,
         "weighted": lambda: kernels.linear(lambda name: np.asarray(recipe.weights)),
@@ -129,14 +175,13 @@ def decide(recipe: Recipe, grams: dict[str, np.ndarray], finite: Sequence[bool])
       ConfigError: If too few inputs are finite.
       QuorumError: If too few are left by the vote.
     """
-    if recipe.method == "slerp":
-        from capibara.consensus.spherical import slerp
+    if METHODS[recipe.method].reference == "base":
+        from capibara.merge.named import combined
 
-        combine, shares = slerp().combine, np.asarray(recipe.weights or (0.5, 0.5))
-        assert combine is not None
-        each = {name: combine(shares, gram) for name, gram in grams.items()}
-        return Decision(kernels.linear(lambda name: each[name]), each, 0.0, [])
-    coefficients, reasons = _vote(recipe, grams[""], np.asarray(finite, bool))
+        each = {name: combined(recipe, gram) for name, gram in grams.items()}
+        one = each.get("")
+        return Decision(kernels.linear(lambda name: each[name] if one is None else one), each, 0.0, [])
+    coefficients, reasons = _voted(recipe, grams[""], np.asarray(finite, bool))
     rest = 1.0 - float(coefficients.sum())
     middle = rest if abs(rest) > 1e-9 else 0.0
     keep = [i for i, good in enumerate(finite) if good]
@@ -144,7 +189,7 @@ def decide(recipe: Recipe, grams: dict[str, np.ndarray], finite: Sequence[bool])
     return Decision(kernel, {"": coefficients}, middle, reasons)
 
 
-def _vote(recipe: Recipe, gram: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _voted(recipe: Recipe, gram: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Coefficients and reasons by the rule of that name in `capibara.consensus`."""
     from capibara.consensus import robust
     from capibara.consensus.models import vote_gram

@@ -14,11 +14,11 @@ import numpy as np
 from capibara.errors import ConfigError, DataError
 from capibara.merge import kernels
 from capibara.merge.cast import Rounding, is_finite
-from capibara.merge.methods import WHOLE, Decision, Method, one_pass
+from capibara.merge.methods import METHODS, WHOLE, Decision, Method, one_pass
 from capibara.merge.output import Output
 from capibara.merge.plan import Job
 from capibara.merge.recipe import Recipe
-from capibara.merge.stream import WORKERS, Digests, Unit, block_numbers, leaf_hasher, stream, units_of
+from capibara.merge.stream import RING, WORKERS, Digests, Unit, block_numbers, leaf_hasher, stream, units_of
 from capibara.merge.tensors import numpy_type
 
 Progress = Callable[[str, int, int], None]
@@ -39,7 +39,7 @@ class Passes:
 
     def __init__(self, recipe: Recipe, jobs: Sequence[Job], progress: Progress):
         self.recipe, self.jobs, self.progress = recipe, jobs, progress
-        self.n = len(jobs[0].inputs) if jobs else len(recipe.inputs)
+        self.n = len(recipe.inputs) + (recipe.base is not None)
         wide = any(tensor.dtype == "F64" for job in jobs for tensor in job.inputs)
         self.precision = np.float64 if wide else np.float32
         self.block = block_numbers(jobs, self.n)
@@ -48,17 +48,17 @@ class Passes:
     def compare(self, method: Method) -> tuple[dict[str, np.ndarray], list[bool]]:
         """Products of the inputs' differences, by tensor or (under the empty name) of the whole.
 
-        An input that holds NaN or an infinity is left out, and the others are compared anew: the median that they had
-        been compared with was of all.
+        In a vote an input that holds NaN or an infinity is left out, and the others are compared anew: the median that
+        they had been compared with was of all.
 
         Returns:
           Name → float64[n, n], and which inputs are finite.
         """
-        finite = np.ones(self.n, bool)
-        digests = Digests()
-        grams, bad = self._products(method, list(range(self.n)), digests)
+        m, digests = len(self.recipe.inputs), Digests()
+        finite = np.ones(m, bool)
+        grams, bad = self._products(method, list(range(m)), digests)
         self._take(digests, range(len(self.jobs)))
-        while bad.any():
+        while bad.any() and method.reference == "median":
             finite &= ~bad
             grams, bad = self._products(method, np.flatnonzero(finite).tolist(), None)
         return grams, finite.tolist()
@@ -69,10 +69,13 @@ class Passes:
         """Products of the inputs in `keep`, and which of them hold a number that is not finite."""
         if not keep:
             raise DataError("No input holds finite numbers only; there is nothing to merge.")
+        reference = method.reference
+        if reference == "base":
+            reference = "zero" if self.recipe.base is None else len(self.recipe.inputs)
         scratch = self._scratch()
         columns = min(kernels.GRAM_COLUMNS, kernels.tile_numbers(self.n, np.dtype(np.float64)))
         grams: dict[str, np.ndarray] = {}
-        bad = np.zeros(self.n, bool)
+        bad = np.zeros(len(self.recipe.inputs), bool)
         whole = method.gram == WHOLE
 
         def work(which: int, unit: Unit, raws: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -82,14 +85,14 @@ class Passes:
                 self._open(rows, job, raws)
                 for first in range(0, unit.numbers, columns):
                     last = min(first + columns, unit.numbers)
-                    part, flags = kernels.gram(rows, first, last, keep, method.reference)
+                    part, flags = kernels.gram(rows, first, last, keep, reference)
                     total += part
                     wrong |= flags
             return total, wrong
 
         def sink(unit: Unit, result: tuple[np.ndarray, np.ndarray]) -> None:
             name = "" if whole else self.jobs[unit.job].name
-            gram = grams.setdefault(name, np.zeros((self.n, self.n)))
+            gram = grams.setdefault(name, np.zeros((len(bad), len(bad))))
             gram[np.ix_(keep, keep)] += result[0]
             bad[np.array(keep)[result[1]]] = True
             self._advance("comparing", unit)
@@ -103,15 +106,19 @@ class Passes:
     def combine(self, output: Output, decision: Decision | None, done: set[str]) -> None:
         """Merges and writes the tensors that are not in `done`, in order."""
         todo = [j for j, job in enumerate(self.jobs) if job.name not in done]
-        kernel = decision.kernel if decision else one_pass(self.recipe)
+        kernel = decision.kernel if decision else one_pass(self.recipe, self.jobs)
         digests = Digests() if decision is None else None
         scratch = self._scratch()
         rounding = {
             dtype: Rounding(dtype, stochastic=self.recipe.stochastic_rounding, seed=self.recipe.seed)
             for dtype in {job.dtype for job in self.jobs if job.merged}
         }
-        held = 1 if self.recipe.method in ("uniform", "weighted", "slerp") else self.n
-        tile = kernels.tile_numbers(2 + held, np.dtype(self.precision))
+        whole_tensors = METHODS[self.recipe.method].whole_tensors
+        summed = decision.middle == 0 if decision else self.recipe.method in ("uniform", "weighted")
+        tile = kernels.tile_numbers(3 if summed else 2 + self.n, np.dtype(self.precision))
+        block = self.block
+        if whole_tensors:
+            tile = block = max(job.numbers for job in self.jobs)
         hashers: dict[int, Any] = {}
         tolerated = decision is not None and bool(decision.reasons)
 
@@ -154,22 +161,24 @@ class Passes:
             needed = set(np.flatnonzero(decision.coefficients[""]))
             skip = frozenset() if decision.middle else frozenset(range(self.n)) - needed
         self._begin(todo)
-        stream(self.jobs, units_of(self.jobs, todo, self.block), work, sink, digests=digests, skip=skip)
+        blocks = 2 if whole_tensors else RING
+        stream(self.jobs, units_of(self.jobs, todo, block), work, sink, digests=digests, skip=skip, blocks=blocks)
 
     def _copied(self, job: Job, raws: list[np.ndarray]) -> np.ndarray:
         for i, raw in enumerate(raws[1:], 1):
             if not np.array_equal(raws[0], raw):
                 raise ConfigError(
                     f"Tensor {job.name!r} holds {job.dtype}, which cannot be averaged, and differs between "
-                    f"{self.recipe.inputs[0]} and {self.recipe.inputs[i]}."
+                    f"{self.recipe.inputs[0]} and {[*self.recipe.inputs, self.recipe.base][i]}."
                 )
         return raws[0].copy()
 
     def _not_finite(self, rows: kernels.Rows, job: Job, first: int, last: int) -> DataError:
+        paths = [*self.recipe.inputs, self.recipe.base]
         for i in range(self.n):
             if not np.isfinite(rows.row(i, first, last)).all():
                 return DataError(
-                    f"Tensor {job.name!r} of {self.recipe.inputs[i]} holds NaN or an infinity, and so would the merge. "
+                    f"Tensor {job.name!r} of {paths[i]} holds NaN or an infinity, and so would the merge. "
                     "Leave that input out, or merge by 'byzantine_tolerant', which does."
                 )
         return DataError(f"Tensor {job.name!r} of the merge holds numbers too large for {self.precision.__name__}.")

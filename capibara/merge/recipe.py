@@ -45,6 +45,7 @@ class Recipe:
       vocabulary_maps: Number of an input → file of its map.
       digests: What the inputs must be, where they are known; as `merge inspect --digests` prints.
       options: Further numbers of the method.
+      validation: Text on which to find the weights; then the method is `weighted` by them.
     """
 
     inputs: tuple[Path, ...]
@@ -59,6 +60,7 @@ class Recipe:
     vocabulary_maps: Mapping[int, Path] = field(default_factory=dict)
     digests: tuple[str | None, ...] = ()
     options: Mapping[str, float] = field(default_factory=dict)
+    validation: Path | None = None
 
     def check(self) -> None:
         """Raises ConfigError for what cannot be meant, whatever the inputs hold."""

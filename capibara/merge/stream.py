@@ -98,6 +98,7 @@ def stream(
     *,
     digests: Digests | None = None,
     skip: frozenset[int] = frozenset(),
+    blocks: int = RING,
 ) -> None:
     """Reads, works, and hands over in order; the first error of any thread ends all and is raised here.
 
@@ -108,6 +109,7 @@ def stream(
       sink: Takes the results in the order of `units`, in the caller's thread.
       digests: Where the inputs' digests go; None computes none.
       skip: Inputs that are not read; their bytes are what they are.
+      blocks: Of every input in memory.
     """
     if not units:
         return
@@ -116,7 +118,7 @@ def stream(
     sizes = [
         max(numpy_type(jobs[unit.job].inputs[i].dtype).itemsize for unit in units) for i in range(num_inputs)
     ]
-    ring = [[np.empty(largest * size, np.uint8) for size in sizes] for _ in range(min(RING, len(units)))]
+    ring = [[np.empty(largest * size, np.uint8) for size in sizes] for _ in range(min(blocks, len(units)))]
     read = [i for i in range(num_inputs) if i not in skip]
     shares = [read[r::READERS] for r in range(READERS) if read[r::READERS]] or [[]]
     free = [[threading.Semaphore(1) for _ in ring] for _ in shares]
@@ -132,7 +134,7 @@ def stream(
         return ring[number % len(ring)][i][: unit.numbers * size]
 
     def reader(which: int) -> None:
-        with _Reader() as source:
+        with Reader() as source:
             for number, unit in enumerate(units):
                 free[which][number % len(ring)].acquire()
                 if stopped.is_set():
@@ -199,14 +201,14 @@ def _in_order(
             following += 1
 
 
-class _Reader:
-    """Open files, and arrays that had to be loaded whole, of one thread."""
+class Reader:
+    """Open files, and arrays that had to be loaded whole, of one thread; a context."""
 
     def __init__(self) -> None:
         self.opened: dict[Path, int] = {}
         self.loaded: dict[int, tuple[Tensor, np.ndarray]] = {}
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -14,14 +14,14 @@ from capibara.errors import CapibaraError, ConfigError, DataError
 from capibara.merge.merge import merge
 from capibara.merge.recipe import Recipe
 from capibara.merge.sources import open_checkpoint
-from capibara.merge.stream import _Reader
+from capibara.merge.stream import Reader
 from capibara.merge.tensors import numpy_type
 
 
 def values(checkpoint):
     """All numbers, through the reader that merging uses, two bytes at a time where that divides."""
     found = {}
-    with _Reader() as reader:
+    with Reader() as reader:
         for name, tensor in checkpoint.tensors.items():
             size = numpy_type(tensor.dtype).itemsize
             raw = np.empty(tensor.numbers * size, np.uint8)
