@@ -29,6 +29,20 @@ class MergeGroup(click.Group):
         return (None if name == "files" else name), found, rest
 
 
+class FilesCommand(click.Command):
+    """The command that merges; its help lists the others too."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, then the commands beside it."""
+        super().format_options(ctx, formatter)
+        group = ctx.parent.command if ctx.parent else None
+        if isinstance(group, click.Group):
+            others = [(name, one) for name, one in group.commands.items() if one is not self]
+            rows = [(f"{name} …", one.get_short_help_str(70)) for name, one in others]
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+
 def add_merge(main: click.Group, command: Callable[..., Any], say: Callable[[bool, dict[str, Any], str], None]) -> None:
     """Adds the commands to `capibara`; `command` registers one with `--json`, `say` prints a result."""
 
@@ -38,7 +52,7 @@ def add_merge(main: click.Group, command: Callable[..., Any], say: Callable[[boo
 
     path = click.Path(path_type=Path)
 
-    @command(group, "files")
+    @command(group, "files", cls=FilesCommand)
     @click.argument("inputs", nargs=-1, type=path)
     @click.option("-o", "--out", type=path, required=True, help="A folder to be made, or a .safetensors file.")
     @click.option("--method", help="How (default uniform); the names are listed above.")
@@ -66,8 +80,6 @@ def add_merge(main: click.Group, command: Callable[..., Any], say: Callable[[boo
         Methods: uniform, weighted, slerp, karcher, rda, median, trimmed_mean, geometric_median, byzantine_tolerant,
         centered_clipping, krum, multi_krum; with --base also task_arithmetic, ties, ties_tensor, dare, dare_norm,
         dare_ties, della, breadcrumbs, model_stock, model_stock_whole, sce.
-
-        `capibara merge inspect PATH` shows a checkpoint, `capibara merge diff A B` compares two.
         """
         from capibara.merge.inspect import readable
         from capibara.merge.merge import merge
