@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from capibara.consensus.ballot import Merge, Place, Survey
-from capibara.consensus.magnitudes import check_density, check_key, first_of, row_seeds, uniforms
+from capibara.consensus.magnitudes import check_density, check_key, first_of, magnitude_ranks, row_seeds, uniforms
 from capibara.consensus.task_vectors import check_scale, each, elected, float32, row_sum
 from capibara.errors import ConfigError
 
@@ -84,7 +84,9 @@ def della(density: float = 0.5, epsilon: float = 0.2, scale: float = 1.0) -> Mer
 
         def leaf(rows: jax.Array, place: Place) -> jax.Array:
             seeds = row_seeds(survey.key, survey.nodes, place.leaf)
-            return _della(rows, seeds, first_of(place), lowest, spread, shares, by)
+            ranks = magnitude_ranks(rows if rows.ndim > 1 else rows[:, None]).reshape(rows.shape)
+            group = np.float32(rows.shape[-1] if rows.ndim > 1 else 1)
+            return _della(rows, jnp.asarray(ranks) / group, seeds, first_of(place), lowest, spread, shares, by)
 
         return leaf
 
@@ -118,6 +120,7 @@ def _dare(
 @jax.jit
 def _della(
     rows: jax.Array,
+    ranks: jax.Array,
     seeds: jax.Array,
     first: jax.Array,
     lowest: jax.Array,
@@ -125,9 +128,6 @@ def _della(
     shares: jax.Array,
     scale: jax.Array,
 ) -> jax.Array:
-    groups = rows[:, None] if rows.ndim == 1 else rows
-    order = jnp.argsort(-jnp.abs(groups), axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1).astype(jnp.float32).reshape(rows.shape)
-    drop = lowest + spread * rank / np.float32(groups.shape[-1])
+    drop = lowest + spread * ranks
     kept = jnp.where(uniforms(seeds, first, rows.shape) >= drop, rows / (1 - drop), 0)
     return scale * elected(kept, shares)

@@ -45,6 +45,20 @@ def kth_largest(leaves: Callable[[], Iterable[Any]], ranks: Sequence[int]) -> np
     return ((upper << 16) | lower).astype(np.uint32).view(np.float32)
 
 
+def magnitude_ranks(rows: Any) -> np.ndarray:
+    """float32, shaped like the rows: 0 for the largest magnitude along the last axis; equal ones by their place.
+
+    Cost: a sort on the host, of magnitude and place together in 64 bits: many times faster than XLA's argsort on CPU.
+    """
+    wide = np.asarray(rows, np.float32)
+    bits = np.ascontiguousarray(np.abs(wide)).view(np.uint32).reshape(-1, wide.shape[-1])
+    places = np.arange(bits.shape[1], dtype=np.uint64)
+    keys = np.sort((~bits).astype(np.uint64) << np.uint64(32) | places, axis=1)
+    ranks = np.empty(bits.shape, np.float32)
+    np.put_along_axis(ranks, (keys & np.uint64(0xFFFFFFFF)).astype(np.int64), places.astype(np.float32)[None], axis=1)
+    return ranks.reshape(wide.shape)
+
+
 def count_kept(density: float, size: int) -> int:
     """⌊density · size⌋, but at least 1: a tensor of three entries must not vanish at a density of 0.2."""
     return max(1, int(density * size * (1 + 1e-12)))
