@@ -1,7 +1,8 @@
 """What is set per process: allocator thresholds before JAX starts, and when a Ctrl-C may arrive.
 
 XLA on CPU allocates its outputs anew at every execution; glibc maps large ones afresh each time, and the page faults
-cost about a third of a training step. Keeping the memory in the heap removes them (`benchmarks/allocator.py`).
+cost about a tenth of a training step of a model 384 wide, nothing of a tiny one. Keeping the memory in the heap removes
+them (`benchmarks/allocator.py`).
 """
 
 from __future__ import annotations
