@@ -1,6 +1,6 @@
 """What consensus costs: everything in a round that is not training, as a share of the round, split by phase.
 
-    python benchmarks/overhead.py [--rounds 5]
+    python benchmarks/overhead.py [--rounds 4]
 
 The `small` preset as it stands (8 nodes, H = 30, batches of 8 sequences, the default vote, the engine `stacked`, real
 text by president) in a run directory: checkpoint, certificate and their fsyncs are part of the round. `train` is what
@@ -24,7 +24,7 @@ from _common import emit, interleaved, row, say
 
 from capibara.runtime import prepare_process
 
-WARM_UP, ROUNDS = 2, 5
+WARM_UP, ROUNDS = 2, 4
 MOST, MOST_GATE = 5.0, 3.5
 PHASES = {
     "train": "training, batches included",
