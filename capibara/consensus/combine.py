@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from capibara.consensus.validate import admit
 from capibara.errors import ConfigError
+from capibara.tree import tree_add
 from capibara.types import PyTree
 
 SUM_TOLERANCE = 1e-6
@@ -18,6 +20,9 @@ def combine(trees: Sequence[PyTree], weights: np.ndarray) -> PyTree:
     """Σ wᵢθᵢ, one model at a time, summed in float32 and returned in the models' own types.
 
     A model of weight 0 is not touched, whatever it holds; one of weight 1 is returned as it is.
+
+    Raises:
+      ConfigError: If two models with a weight have different structures.
     """
     used = np.flatnonzero(weights)
     if len(used) == 1 and weights[used[0]] == 1:
@@ -25,8 +30,10 @@ def combine(trees: Sequence[PyTree], weights: np.ndarray) -> PyTree:
     first = trees[used[0]]
     total = jax.tree.map(lambda leaf: np.float32(weights[used[0]]) * jnp.asarray(leaf, jnp.float32), first)
     for i in used[1:]:
-        share = np.float32(weights[i])
-        total = jax.tree.map(lambda sum_, leaf: sum_ + share * jnp.asarray(leaf, jnp.float32), total, trees[i])  # noqa: B023
+        tree, share = trees[i], np.float32(weights[i])
+        if reason := admit(tree, first):
+            raise ConfigError(f"Model {i} cannot be merged with model {used[0]}: {reason.replace('_', ' ')}.")
+        total = tree_add(total, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree), share)
     return jax.tree.map(lambda sum_, leaf: sum_.astype(leaf.dtype), total, first)
 
 

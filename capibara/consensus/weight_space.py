@@ -50,7 +50,7 @@ class WeightSpace(NamedTuple):
         return float(value), gradient
 
     def derivatives(self, w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Mean loss, gradient and Hessian float64[M, M]. Cost: M Hessian-vector products, each 2 to 3 gradients."""
+        """Mean loss, gradient and Hessian float64[M, M]. Cost: M Hessian-vector products, each 2 to 4 gradients."""
         value, gradient, hessian = self._sum(_curve, w)
         return float(value), gradient, (hessian + hessian.T) / 2
 
@@ -184,8 +184,8 @@ def _curve(w, stack, batch, keep, *, losses):
         (total, tokens), gradient = jax.value_and_grad(_loss_sum, has_aux=True)(v, stack, batch, keep, losses)
         return gradient, (total, tokens)
 
-    def product(direction):
-        return jax.jvp(lambda v: slope(v)[0], (w,), (direction,))[1]
+    def product(direction):  # reverse over reverse: models may hold custom_vjp functions, which have no forward mode
+        return jax.grad(lambda v: slope(v)[0] @ direction)(w)
 
     gradient, (total, tokens) = slope(w)
     return (total, gradient, jax.lax.map(product, jnp.eye(w.shape[0], dtype=w.dtype))), tokens

@@ -136,6 +136,16 @@ def test_the_gates_get_sums_without_z_loss(model, read):
     np.testing.assert_allclose(sums, wanted, rtol=1e-5)
 
 
+def test_token_losses_are_those_that_the_gates_sum(model, read):
+    batch, losses = packed([[5, 3], [9]]), objective(model)
+    assert losses.token_losses is not None
+    tokens, mask = jax.jit(losses.token_losses)(parameters(model), batch)
+    shares = jax.nn.log_softmax(read(batch))
+    wanted = -np.take_along_axis(np.asarray(shares), batch["targets"][..., None], -1)[..., 0]
+    np.testing.assert_allclose(np.where(mask, tokens, 0), wanted * batch["mask"], atol=1e-5)
+    np.testing.assert_array_equal(mask, batch["mask"])
+
+
 def test_the_objective_is_pure_and_follows_its_parameters(model, loss_and_slopes):
     batch, params = packed([[12], [12]]), parameters(model)
     first = float(loss_and_slopes(params, batch)[0])
