@@ -44,7 +44,8 @@ def byzantine_tolerant(
     Args:
       f: Rows that may be arbitrary; 0 leaves rows and weights as they are.
       outvote_at: κ: a node whose own delta is further from c than κ times the (m−f)-th smallest such distance is
-        outvoted. This names gross liars; the clipping is the defence.
+        outvoted. This names gross liars; the clipping is the defence. Rows that entered with weight 0 count among the
+        f: with all of them spent nobody is outvoted, or a gated liar would cost an honest node its vote.
       merge_rows: `mixed` merges the mixed rows where weights are equal; `own` merges the nodes' own clipped deltas.
       clip_norms: Whether ARC is applied; off where there is no common start (`vote_models`).
 
@@ -111,7 +112,10 @@ def _vote(gram: jax.Array, keep: jax.Array, f: jax.Array, at: jax.Array, *, clip
         mixed = nearest_mean(jnp.diag(factors), gram, keep, f, floor)
         centre = geometric_median(mixed, gram, keep, floor)
         own = distances(identity, centre, gram)
-        limit = at * order_statistic(own, keep, keep.sum() - f)
+        m = keep.sum()
+        # With n − m rows kept out already, f − (n − m) may still be wrong: no more than that many are outvoted.
+        spared = m - jnp.maximum(f - (len(keep) - m), 0)
+        limit = jnp.maximum(at * order_statistic(own, keep, m - f), order_statistic(own, keep, spared))
         named = keep & ~((own > limit) & (own > floor))
         again = jnp.where(named.sum() > 2 * f, named, keep)
         return again, (keep, mixed, centre, own, floor, named)

@@ -48,7 +48,8 @@ def vote(
 
     mixed, centre, floor = _centre(raw, everyone, f, clip_norms)
     own = {i: _norm(raw[i][0] - centre[0]) for i in everyone}
-    limit = outvote_at * _smallest(own.values(), len(everyone) - f)
+    m = len(everyone)
+    limit = max(outvote_at * _smallest(own.values(), m - f), _smallest(own.values(), m - max(f - (n - m), 0)))
     left = [i for i in everyone if not (own[i] > limit and own[i] > floor)]
     entered = everyone
     if len(left) < len(everyone) and len(left) > 2 * f:

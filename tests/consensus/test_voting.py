@@ -211,6 +211,27 @@ def test_gross_liars_are_outvoted_and_leave_nothing_in_the_centre():
     np.testing.assert_allclose(merged, honest, rtol=0.1)
 
 
+def test_a_gated_liar_costs_no_honest_node_its_vote():
+    """Of three rows left two are always close to each other; with f spent on the fourth the third is not outvoted."""
+    deltas = np.float32([[1, 0], [1.01, 0], [2, 1], [-50, 3]])
+    weights = np.float64([1, 1, 1, 0])
+    _, verdict = run(deltas, 1, weights=weights)
+    assert verdict.backing.tolist() == [True, True, True, False]
+    assert verdict.distance[2] > 3 * np.sort(verdict.distance[:3])[1]  # κ alone would have named it
+    assert verdict.clipped[2] < 1  # it is clipped all the same
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_more_than_f_are_kept_out_in_all_unless_they_were_before(seed):
+    random = np.random.default_rng(seed)
+    deltas = (random.normal(size=(10, 4)) * 10.0 ** random.integers(-1, 3, size=(10, 1))).astype(np.float32)
+    for absent in range(4):
+        weights = np.where(np.arange(10) < absent, 0.0, 1.0)
+        _, verdict = run(deltas, 3, weights=weights)
+        assert (~verdict.backing).sum() <= 3
+        np.testing.assert_array_equal(verdict.backing, vote(deltas, 3, weights=weights).backing)
+
+
 def test_without_tolerated_faults_the_plain_mean_is_merged():
     deltas = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
     merged, verdict = run(deltas, 0)
