@@ -82,7 +82,7 @@ class Session:
         """
         config, run = self.config, self.run
         display = display or self.display(enabled=False)
-        display.note(f"This run needs {self._check_room()}.")
+        display.note(f"{run.path}: this run needs {self._check_room()}.")
         for note in run.notes:
             display.note(note)
         start = resume_state(self.plan, self.params, run, lambda note: None)
