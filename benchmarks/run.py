@@ -30,6 +30,7 @@ MAIN, WITH_PEERS = "this environment", ".venv-peers"
 BENCHMARKS = {
     "import_cost": MAIN,
     "certificates": MAIN,
+    "convex": MAIN,
     "loss_memory": MAIN,
     "allocator": MAIN,
     "overhead": MAIN,
