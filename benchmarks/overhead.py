@@ -4,8 +4,8 @@
 
 The `small` preset as it stands (8 nodes, H = 30, batches of 8 sequences, the default vote, the engine `stacked`, real
 text by president) in a run directory: checkpoint, certificate and their fsyncs are part of the round. `train` is what
-nodes would do without a vote; everything else is overhead. The `digest` phase is what is left to wait for when the
-gate is done, since deltas are hashed in threads while it runs; hashing the same deltas alone is shown beside it.
+nodes would do without a vote; everything else is overhead. Deltas are hashed in threads while they are validated and
+gated; what is left to wait for then is shown beside the time that hashing them takes alone.
 
 Shares are taken within a round, where a machine that slows down slows both sides; the first rounds compile.
 """
@@ -16,6 +16,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ PHASES = {
     "train": "training, batches included",
     "validate": "validation",
     "gate": "the gate",
-    "digest": "digests, what is left of them after the gate",
+    "hashing": "digests of the deltas, what is left of them after the gate",
     "vote": "the vote and the merge of the deltas",
     "merge": "the outer step",
     "final_gate": "the final gate",
+    "digest": "digests of the merge, and the drift",
     "between": "between the phases: keys, certificate line, Python",
     "commit": "commit: checkpoint, certificate, fsyncs",
 }
@@ -54,7 +56,7 @@ def main() -> None:
     for phase, words in PHASES.items():
         share = [100 * one.get(phase, 0.0) / sum(one.values()) for one in timed]
         rows.append(_row(words, share, "%", limit=MOST_GATE if phase == "gate" else None))
-    rows += hashing(stack, config.num_nodes, [1e3 * one["digest"] for one in timed])
+    rows += hashing(stack, config.num_nodes, [1e3 * one["hashing"] for one in timed])
     emit("overhead", rows, rounds=asked.rounds, nodes=config.num_nodes, local_steps=config.local_steps)
 
 
@@ -71,14 +73,18 @@ def run(folder: Path, count: int) -> tuple[list[dict[str, float]], Any, Any]:
     with open_session(config, run_dir=folder / "run") as session:
         plan, state = session.plan, first_state(session.plan, session.params)
         for _ in range(count):
-            began = time.perf_counter()
-            state, record = run_round(plan, state)
-            trained = time.perf_counter()
+            began, marks = time.perf_counter(), []
+            state, record = run_round(
+                plan, state, on_phase=lambda phase, marks=marks: marks.append((phase, time.perf_counter()))
+            )
+            voted = time.perf_counter()
             line = on_disk(plan, state, record, session.run.head, {})
             commit(session.run, line, plan.config.keep_checkpoints)
             ended = time.perf_counter()
             phases = dict(record.line["timing"]["phases_s"])
-            phases |= {"between": trained - began - sum(phases.values()), "commit": ended - trained}
+            phases |= {"between": voted - began - sum(phases.values()), "commit": ended - voted}
+            wait = next(later - at for (name, at), (_, later) in pairwise(marks) if name == "digest")
+            phases |= {"digest": phases["digest"] - wait, "hashing": wait}
             rounds.append(phases)
             stack = record.stack
             say(f"round {state.round} of {count}: {ended - began:.2f} s, training {phases['train']:.2f} s")
@@ -95,7 +101,7 @@ def hashing(stack: Any, num_nodes: int, left_ms: list[float]) -> list[dict[str, 
     left, whole = statistics.median(left_ms), 1e3 * alone.median
     return [
         row(f"hashing {size:.0f} MB of deltas alone", whole, "ms", spread=(1e3 * alone.low, 1e3 * alone.high)),
-        row("all digests of a round that are not hidden behind the gate", left, "ms", spread=_ends(left_ms)),
+        row("of it not hidden behind validation and gate", left, "ms", spread=_ends(left_ms)),
     ]
 
 
