@@ -41,8 +41,8 @@ def find_weights(
 
     Tolerates: models with NaN, models worse than chance, models that come from other initialisations: the first two
       are excluded by name, the last show as a transfer gap, and the fallback returns the best input.
-    Cost: M + 2 forward passes over the data, one for each midpoint, and M + 2 half passes for the cross-fit with its
-      second and third solution; P2 to P4 and P6 say their own.
+    Cost: M + 2 forward passes over the data, one for each midpoint, and for the cross-fit two half passes and two more
+      solutions; problems other than the mixture add their own.
     Fails when: the validation data are not like what the model will be used on.
 
     Args:
