@@ -45,8 +45,9 @@ def test_the_error_agrees_with_repeated_draws():
     """Over 2,000 draws of 50 sequences the mean SE is within 10 % of the spread of the means."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 30, (2000, 50)).astype(float)
-    sums = tokens * (rng.normal(0.1, 0.05, (2000, 50)))
-    found = [judged(s.tolist(), t.tolist()).against(judged([0.0] * 50, t.tolist())) for s, t in zip(sums, tokens, strict=True)]
+    sums, nothing = tokens * rng.normal(0.1, 0.05, (2000, 50)), [0.0] * 50
+    pairs = zip(sums.tolist(), tokens.tolist(), strict=True)
+    found = [judged(s, t).against(judged(nothing, t)) for s, t in pairs]
     means, errors = np.array(found).T
     assert errors.mean() == pytest.approx(means.std(), rel=0.1)
 
