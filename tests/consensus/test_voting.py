@@ -260,3 +260,14 @@ def test_a_merge_that_strays_is_drawn_back_to_within_tau_of_the_centre():
     centre = verdict.centre @ deltas
     assert verdict.leash < 0.1
     assert length(as_row(delta) - centre) == pytest.approx(verdict.tau, rel=1e-5)
+
+
+@pytest.mark.parametrize("merge", ["task_arithmetic", "breadcrumbs"])
+def test_a_sum_of_rows_is_drawn_back_by_its_coefficients_or_leaf_by_leaf(merge):
+    """0.4 · 7 rows of length about 1 end far outside; the leash of a linear merge is arithmetic on n numbers."""
+    deltas = (1 + 0.1 * np.random.default_rng(0).normal(size=(7, 6))).astype(np.float32)
+    merged, verdict = run(deltas, 2, merge=merge)
+    assert verdict.leash < 0.5
+    assert length(merged - verdict.centre @ deltas) == pytest.approx(verdict.tau, rel=1e-4)
+    if merge == "task_arithmetic":
+        np.testing.assert_allclose(verdict.coefficients @ deltas.astype(np.float64), merged, rtol=1e-5)
