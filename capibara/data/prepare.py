@@ -108,8 +108,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         whole = manifest["manifest_digest"] == _digest_of({k: v for k, v in manifest.items() if k != "manifest_digest"})
-    except FileNotFoundError:
-        raise DataError(f"{folder} holds no prepared text: it has no {MANIFEST}. Prepare the text first.") from None
+    except OSError as error:
+        raise DataError(
+            f"{folder} holds no prepared text: {MANIFEST} cannot be read ({error.strerror}). Prepare the text first."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole, manifest = False, {}
     if not whole:
