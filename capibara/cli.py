@@ -111,7 +111,7 @@ def demo(run_dir: Path | None, attack: str, overrides: tuple[str, ...], as_json:
     from capibara.training.session import open_session
 
     changes = ("consensus.keep_deltas=true", _attack(attack), *overrides)
-    with open_session(_load("tiny-cpu", changes), run_dir=run_dir, kind="demo") as session:
+    with open_session(_load("tiny-cpu", changes), run_dir=run_dir, kind="demo", note=_note(as_json)) as session:
         _run(session, as_json, sample="The ")
 
 
@@ -158,7 +158,7 @@ def train(
     _start_process()
     from capibara.training.session import open_session
 
-    with open_session(loaded, run_dir=run_dir, kind="train") as session:
+    with open_session(loaded, run_dir=run_dir, kind="train", note=_note(as_json)) as session:
         _run(session, as_json)
 
 
@@ -173,7 +173,7 @@ def resume(run: Path, as_json: bool) -> None:
     _start_process()
     from capibara.training.session import reopen_session
 
-    with reopen_session(run) as session:
+    with reopen_session(run, note=_note(as_json)) as session:
         _run(session, as_json)
 
 
@@ -334,6 +334,10 @@ def _echo(text: str, err: bool = False) -> None:
     except UnicodeEncodeError:
         text = text.translate(ASCII).encode(encoding, errors="replace").decode(encoding)
     click.echo(text, err=err)
+
+
+def _note(as_json: bool) -> Callable[[str], None] | None:
+    return None if as_json else lambda text: click.echo(text, err=True)
 
 
 def _say(as_json: bool, payload: dict[str, Any], text: str) -> None:

@@ -24,6 +24,7 @@ from capibara.core.config import ModelConfig, ModularConfig
 from capibara.core.model import ModularCapibaraModel, parameters, with_parameters
 from capibara.core.tokenizer import load_tokenizer
 from capibara.data.batches import TextSource, documents_of, open_source
+from capibara.data.prepare import Note
 from capibara.errors import CertificateError, RunError
 from capibara.round import RoundPlan, RoundState
 from capibara.run.checkpoint import checkpoints, load_checkpoint, newest_intact
@@ -59,9 +60,10 @@ class Session:
         model: Any = None,
         source: Source | None = None,
         loss: Callable[..., Any] | None = None,
+        note: Note | None = None,
     ):
         self.config, self.run = config, run
-        self.source = source or _text(config, run, model)
+        self.source = source or _text(config, run, model, note)
         self.model = model or ModularCapibaraModel(_fitted(config, self.source))
         if isinstance(self.source, TextSource) and isinstance(self.model, ModularCapibaraModel):
             give_tokenizer(self.model, load_tokenizer(run.path / "tokenizer.json"))
@@ -184,7 +186,8 @@ def open_session(config: ModularConfig, *, run_dir: Path | None = None, kind: st
       config: The configuration.
       run_dir: The run directory, which must not exist or be empty; `runs/KIND-N` if None.
       kind: For the name of the directory.
-      **parts: `model`, `source` and `loss` of the user's own, as objects.
+      **parts: `model`, `source` and `loss` of the user's own, as objects; `note` gets a sentence now and then while
+        much text is prepared.
     """
     config.consensus.warn_when_defenceless()
     path = Path(run_dir) if run_dir else next_run_path(Path("runs"), kind)
@@ -204,7 +207,7 @@ def reopen_session(path: Path, *, config: ModularConfig | None = None, **parts: 
     Args:
       path: The run directory.
       config: Needed where the run was started with objects instead of names; else its own `config.toml` is read.
-      **parts: `model`, `source` and `loss`, where the run was started with them.
+      **parts: `model`, `source` and `loss`, where the run was started with them; `note` as in `open_session`.
 
     Raises:
       RunError: If it is no run directory of a consensus, or in use.
@@ -290,11 +293,11 @@ def environment() -> dict[str, Any]:
             "packages": packages}  # fmt: skip
 
 
-def _text(config: ModularConfig, run: Run, model: Any) -> TextSource:
+def _text(config: ModularConfig, run: Run, model: Any, note: Note | None) -> TextSource:
     tokenizer = run_tokenizer(config, run, model)
     return open_source(
         config.data, num_nodes=config.consensus.num_nodes, split=config.consensus.split, seed=config.consensus.seed,
-        cache=run.path.parent / ".data", tokenizer=tokenizer,
+        cache=run.path.parent / ".data", tokenizer=tokenizer, note=note,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from capibara.strategies.plain import average
 from capibara.training import vocabulary
 from capibara.training.results import Judgement, TrainingResults
 from capibara.training.session import SOLO, activation_bytes_per_token
-from capibara.training.solo_parts import SoloParts, open_parts
+from capibara.training.solo_parts import MakeStrategy, SoloParts, open_parts
 from capibara.tree import from_named_leaves, named_leaves, num_bytes
 from capibara.types import Batch, TrainState
 
@@ -59,6 +59,7 @@ def train_solo(
     eval_data: Any = None,
     model: Any = None,
     loss: Callable[..., Any] | None = None,
+    strategy: MakeStrategy = vocabulary.plain_strategy,
     resume: bool | str = "auto",
     eval_every: int | None = None,
     callbacks: Sequence[Callback] = (),
@@ -74,6 +75,7 @@ def train_solo(
       eval_data: Folder or files of text to evaluate on; without it, text held out of `train_data`.
       model: Any NNX model with `loss(batch)`; its parameters are replaced by the trained ones.
       loss: `(model, batch, key) -> scalar`, instead of the model's own.
+      strategy: How the model is trained; a resumed run needs the one of the same name.
       resume: `"auto"` goes on where there is a run; True demands one, False a new one.
       eval_every: Steps between evaluations; an epoch if None. The first and the last state are always evaluated.
       callbacks: Each is called with a `StepInfo` after every `log_every` steps.
@@ -102,7 +104,7 @@ def train_solo(
         begun = bool((folder / "config.toml").read_bytes())
         if begun and not (folder / SOLO).is_file():
             raise RunError(f"{folder} holds a consensus run: `capibara resume {folder}`. Name another checkpoint_dir.")
-        parts = open_parts(config, run, train_data, eval_data, model=model, loss=loss)
+        parts = open_parts(config, run, train_data, eval_data, model=model, loss=loss, strategy=strategy, note=echo)
         with TrainingLog(run.path / "logs" / "training.log", parts.num_steps, echo=echo) as log:
             state, before = (_resume if begun else _begin)(parts, run, log)
             return _train(parts, run, log, state, before, eval_every or parts.epoch, callbacks)
@@ -183,7 +185,7 @@ def _begin(parts: SoloParts, run: Run, log: TrainingLog) -> tuple[TrainState, Ju
     log.note(f"{parts.num_steps} steps of {training.batch_size} sequences; the run needs {needs}.")
     state, before = parts.strategy.init(params), parts.judge(params)
     _save(parts, run, state, before)
-    about = {"trainer": "UnifiedTrainer", "data_digest": parts.source.digest}
+    about = {"trainer": "UnifiedTrainer", "data_digest": parts.source.digest, "strategy": parts.strategy.name}
     run.files.write_atomic(run.path / SOLO, json.dumps(about).encode() + b"\n")
     run.files.write_atomic(run.path / "config.toml", parts.config.to_toml().encode())
     if before is not None:
@@ -237,7 +239,13 @@ def _must_be_the_same(run: Run, parts: SoloParts) -> None:
                     f"{run.path} was started with {section}.{name} = {old.get(name)}{extra}; now it is "
                     f"{new.get(name)}. Resume with the value it was started with, or name another checkpoint_dir."
                 )
-    if json.loads((run.path / SOLO).read_text())["data_digest"] != parts.source.digest:
+    about = json.loads((run.path / SOLO).read_text())
+    if about["strategy"] != parts.strategy.name:
+        raise ConfigError(
+            f"{run.path} was started with the strategy {about['strategy']}; now it is {parts.strategy.name}. Resume with "
+            "the one it was started with, or name another checkpoint_dir."
+        )
+    if about["data_digest"] != parts.source.digest:
         raise DataError(
             f"The training text is not the one that {run.path} was started with. Put that text back, or name another "
             "checkpoint_dir."

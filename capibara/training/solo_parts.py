@@ -11,16 +11,21 @@ import numpy as np
 
 from capibara.consensus.config import ConsensusConfig
 from capibara.consensus.gates import sequence_sums
-from capibara.core.config import DataConfig, ModularConfig
+from capibara.core.config import DataConfig, ModularConfig, TrainingConfig
 from capibara.core.model import ModularCapibaraModel
 from capibara.core.tokenizer import Tokenizer
 from capibara.data.batches import TextSource, open_source
+from capibara.data.prepare import Note
 from capibara.errors import DataError
 from capibara.run.directory import Run
 from capibara.training import vocabulary
 from capibara.training.parts import give_tokenizer, run_tokenizer, training_objective
 from capibara.training.results import Judgement
 from capibara.types import Batch, Objective, Strategy
+
+
+MakeStrategy = Callable[[Objective, TrainingConfig, int], Strategy]
+"""`(objective, [training], steps of the whole run) -> strategy`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ def open_parts(
     *,
     model: Any = None,
     loss: Callable[..., Any] | None = None,
+    strategy: MakeStrategy = vocabulary.plain_strategy,
+    note: Note | None = None,
 ) -> SoloParts:
     """Prepares the texts inside the run directory and builds everything else.
 
@@ -88,7 +95,7 @@ def open_parts(
         model = ModularCapibaraModel(config.replace(model={"vocab_size": tokenizer.vocab_size}))
     if isinstance(model, ModularCapibaraModel):
         give_tokenizer(model, tokenizer)
-    source = _open(data, run, tokenizer, training.seed)
+    source = _open(data, run, tokenizer, training.seed, note)
     sequences = source.train_tokens // source.tokens_per_sequence
     if sequences < training.batch_size:
         raise DataError(
@@ -108,15 +115,17 @@ def open_parts(
         model=model,
         source=source,
         objective=losses,
-        strategy=vocabulary.plain_strategy(losses, training, num_steps),
+        strategy=strategy(losses, training, num_steps),
         eval_batch=_eval_batch(data, eval_data, run, source, tokenizer, resolved),
         num_steps=num_steps,
         epoch=max(sequences // training.batch_size, 1),
     )
 
 
-def _open(data: DataConfig, run: Run, tokenizer: Tokenizer, seed: int) -> TextSource:
-    return open_source(data, num_nodes=1, split="iid", seed=seed, cache=run.path / "text", tokenizer=tokenizer)
+def _open(data: DataConfig, run: Run, tokenizer: Tokenizer, seed: int, note: Note | None = None) -> TextSource:
+    return open_source(
+        data, num_nodes=1, split="iid", seed=seed, cache=run.path / "text", tokenizer=tokenizer, note=note
+    )
 
 
 def _eval_batch(
