@@ -22,6 +22,7 @@ from capibara.training import UnifiedTrainer
 from capibara.training.results import TrainingResults
 from capibara.training.solo import train_solo
 
+slow = pytest.mark.slow
 STEPS, CHUNK, SAVE = 10, 2, 4
 TRAINING = {
     "num_steps": STEPS, "log_every": CHUNK, "checkpoint_every": SAVE, "batch_size": 4, "ema_decay": 0.9,
@@ -85,7 +86,7 @@ def stop_at(step: int, error: BaseException):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Died])
-@pytest.mark.parametrize("step", range(CHUNK, STEPS + 1, CHUNK))
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=slow), 6, pytest.param(8, marks=slow), 10])
 def test_stopped_after_any_chunk_and_called_again_it_ends_in_the_same_bits(text, whole, tmp_path, error, step: int):
     """A Ctrl-C saves first; a crash goes back to the last checkpoint. The fresh model's weights play no part."""
     with pytest.raises(error) as stopped:

@@ -12,7 +12,7 @@ from capibara.core.model import ModularCapibaraModel, objective, parameters
 from capibara.errors import ConfigError
 from capibara.transforms.remat import recomputed, with_gradient_checkpointing
 
-LAYERS, T = 4, 32
+LAYERS, T = 3, 32
 
 
 @pytest.fixture(scope="module")
