@@ -35,6 +35,7 @@ BENCHMARKS = {
     "allocator": MAIN,
     "overhead": MAIN,
     "stacked": MAIN,
+    "merge_files": MAIN,
     "step_vs_torch": WITH_PEERS,
     "vote": WITH_PEERS,
 }

@@ -18,10 +18,14 @@ import numpy as np
 from capibara.consensus.comparators import comparators
 from capibara.merge.cast import decode
 
-TILE_BYTES = 2**19
+TILE_BYTES = 2**21
 """Of the decoded rows that a kernel holds at once: they stay in a core's second-level cache."""
 
 GRAM_COLUMNS = 2**12
+"""Columns of one product: 8 float64 rows of this length stay in a core's cache."""
+
+LOST = 2.0**-30
+"""A squared distance below this share of the squared lengths it comes from has lost more digits than it may."""
 
 
 class Rows:
@@ -67,7 +71,7 @@ Kernel = Callable[[Rows, int, int, str], np.ndarray]
 
 def tile_numbers(num_rows: int, precision: np.dtype) -> int:
     """How many numbers of each of `num_rows` rows are decoded at once."""
-    return max(2**10, min(2**17, TILE_BYTES // (num_rows * precision.itemsize)))
+    return max(2**10, min(2**16, TILE_BYTES // (num_rows * precision.itemsize)))
 
 
 def mean(rows: Rows, first: int, last: int, name: str) -> np.ndarray:
@@ -126,7 +130,9 @@ def gram(rows: Rows, first: int, last: int, keep: Sequence[int], reference: str 
       first: First number of the tile.
       last: One past its last.
       keep: Inputs that take part.
-      reference: `zero`, `median`, or the number of the input that the others are changes of.
+      reference: `zero`; `median`, coordinate-wise; `three`, the middle of the first, the middle and the last row, which
+        is cheaper and as good unless two of the three are liars; or the number of the input that the others are changes
+        of.
 
     Returns:
       float64[m, m] of the m kept rows, and bool[m], the rows with a number that is not finite (then the products count
@@ -134,8 +140,10 @@ def gram(rows: Rows, first: int, last: int, keep: Sequence[int], reference: str 
     """
     count, m = last - first, len(keep)
     deltas = rows.room(("deltas", m), m * count, np.float64).reshape(m, count)
-    if reference == "median":
+    if reference == "median" or (reference == "three" and m < 4):
         middle = median(rows, first, last, "", keep)
+    elif reference == "three":
+        middle = median(rows, first, last, "", (keep[0], keep[m // 2], keep[-1]))
     elif reference == "zero":
         middle = None
     else:
@@ -145,11 +153,28 @@ def gram(rows: Rows, first: int, last: int, keep: Sequence[int], reference: str 
         row = rows.row(i, first, last)
         deltas[k] = row if middle is None else np.subtract(row, middle, out=gap)
     with np.errstate(invalid="ignore", over="ignore"):
-        products = np.matmul(deltas, deltas.T)
+        parts = [_products(deltas[:, k : k + GRAM_COLUMNS]) for k in range(0, count, GRAM_COLUMNS)]
+        products = np.sum(parts, axis=0) if parts else np.zeros((m, m))
     if np.isfinite(products).all():
         return products, np.zeros(m, bool)
     bad = np.array([not np.isfinite(rows.row(i, first, last)).all() for i in keep])
     return np.zeros((m, m)), bad if bad.any() else np.array([not np.isfinite(delta).all() for delta in deltas])
+
+
+def conditioned(gram: np.ndarray) -> bool:
+    """Whether the squared distances of the rows keep enough digits of the products they are made from."""
+    squared = np.diagonal(gram)
+    distances = squared[:, None] + squared[None, :] - 2 * gram
+    others = distances[~np.eye(len(gram), dtype=bool)]
+    return bool(np.median(others) > LOST * squared.max()) if others.size and squared.max() > 0 else True
+
+
+def _products(deltas: np.ndarray) -> np.ndarray:
+    """deltas · deltasᵀ. Not in one call: NumPy would take BLAS's `syrk`, three times as slow for few long rows."""
+    products = np.empty((len(deltas), len(deltas)))
+    np.matmul(deltas, deltas[0], out=products[:, 0])
+    np.matmul(deltas, deltas[1:].T, out=products[:, 1:])
+    return products
 
 
 def _middle(rows: Rows, first: int, last: int, low: int, high: int, keep: Sequence[int] | None) -> np.ndarray:

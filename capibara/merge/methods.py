@@ -29,7 +29,8 @@ class Method(NamedTuple):
     Attributes:
       about: One clause for the help and the card.
       gram: None, or whether products are taken over the `whole` models or over `each` tensor.
-      reference: What the products are of the differences from: `median`, or `base` for the base model, if there is one.
+      reference: What the products are of the differences from: `base` for the base model, if there is one, `median`, or
+        `three` for rules that the reference does not matter to.
       weights: Whether it takes weights.
       least: Fewest inputs.
       most: Most inputs; None for any number.
@@ -51,8 +52,8 @@ class Method(NamedTuple):
     whole_tensors: bool = False
 
 
-def _vote(about: str, least: int = 1) -> Method:
-    return Method(about, WHOLE, "median", least=least, per_fault=2)
+def _vote(about: str, reference: str = "three", least: int = 1) -> Method:
+    return Method(about, WHOLE, reference, least=least, per_fault=2)
 
 
 def _sphere(about: str) -> Method:
@@ -69,10 +70,10 @@ METHODS: dict[str, Method] = {
     "median": Method("the middle of every number", least=1, per_fault=2),
     "trimmed_mean": Method("the mean without the f lowest and highest of every number", least=1, per_fault=2),
     "geometric_median": _vote("the point of least summed distance"),
-    "byzantine_tolerant": _vote("the vote: neighbours mixed, far ones clipped, gross ones named"),
-    "centered_clipping": _vote("a mean that no input moves far"),
-    "krum": _vote("the input nearest to its neighbours", 3),
-    "multi_krum": _vote("the mean of the n − f best by Krum", 3),
+    "byzantine_tolerant": _vote("the vote: neighbours mixed, far ones clipped, gross ones named", "median"),
+    "centered_clipping": _vote("a mean that no input moves far", "median"),
+    "krum": _vote("the input nearest to its neighbours", least=3),
+    "multi_krum": _vote("the mean of the n − f best by Krum", least=3),
     "slerp": _sphere("the great circle between directions, tensor by tensor"),
     "karcher": _sphere("the mean direction, at the mean length, tensor by tensor"),
     "rda": _sphere("direction and length averaged apart, tensor by tensor"),

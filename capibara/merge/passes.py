@@ -58,9 +58,12 @@ class Passes:
         finite = np.ones(m, bool)
         grams, bad = self._products(method, list(range(m)), digests)
         self._take(digests, range(len(self.jobs)))
-        while bad.any() and method.reference == "median":
+        while bad.any() and method.reference in ("median", "three"):
             finite &= ~bad
             grams, bad = self._products(method, np.flatnonzero(finite).tolist(), None)
+        keep = np.flatnonzero(finite)
+        if method.reference == "three" and not kernels.conditioned(grams[""][np.ix_(keep, keep)]):
+            grams, _ = self._products(method._replace(reference="median"), keep.tolist(), None)
         return grams, finite.tolist()
 
     def _products(
@@ -73,7 +76,7 @@ class Passes:
         if reference == "base":
             reference = "zero" if self.recipe.base is None else len(self.recipe.inputs)
         scratch = self._scratch()
-        columns = min(kernels.GRAM_COLUMNS, kernels.tile_numbers(self.n, np.dtype(np.float64)))
+        columns = kernels.tile_numbers(2 * self.n, np.dtype(np.float64))
         grams: dict[str, np.ndarray] = {}
         bad = np.zeros(len(self.recipe.inputs), bool)
         whole = method.gram == WHOLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -223,3 +224,54 @@ def test_200_models_merge(tmp_path):
         for name, value in read_model(tmp_path / method).items():
             stack = np.stack([model[name].astype(np.float64) for model in models])
             np.testing.assert_allclose(value, oracle(stack), atol=2e-6)
+
+
+def test_liars_at_the_reference_do_not_blur_the_geometric_median(tmp_path):
+    """With two liars of 1e15 among the three rows of the reference, float64 tells no honest row apart."""
+    paths, models = write_models(tmp_path, 7)
+    for i in (0, 3):
+        write_model(paths[i], {name: np.full_like(value, 1e15) for name, value in models[i].items()})
+    report = merge(Recipe(tuple(paths), method="geometric_median", faulty=2), tmp_path / "out")
+    v = np.array([entry["coefficient"] for entry in report.record["inputs"]])
+    assert v[0] < 1e-9 and v[3] < 1e-9
+    truthful = [models[i] for i in (1, 2, 4, 5, 6)]
+    rows = [np.concatenate([m[n].ravel() for n in m]).astype(np.float64) for m in truthful]
+    honest = v[[1, 2, 4, 5, 6]] @ np.array(rows)
+    # The pull of two rows in one direction at any distance, 2 of 7, moves the point by less than the honest spread.
+    assert summed(honest, rows) < 1.2 * min(summed(row, rows) for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc here to read peak memory from")
+def test_memory_stays_small_and_flat_in_the_size_of_the_models(tmp_path):
+    """Peak memory in a process of its own: 256 MB and 16 MiB a model hold for 30 MB and for 500 MB files alike."""
+    import subprocess
+    import sys
+
+    from capibara.merge.header import build_header
+
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom capibara.merge.merge import merge\n"
+        "from capibara.merge.recipe import Recipe\n"
+        "merge(Recipe(tuple(map(Path, sys.argv[3:])), method=sys.argv[1]), sys.argv[2])\n"
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+    )  # not ru_maxrss: a process inherits that of the one that started it
+    peaks = {}
+    for tensors in (1, 16):
+        folder = tmp_path / str(tensors)
+        folder.mkdir()
+        header, _ = build_header([(f"w{i}", "BF16", (4096, 4096)) for i in range(tensors)], {})
+        values = np.random.default_rng(0).standard_normal(2**24).astype(np.float32).view(np.uint32) >> 16
+        paths = []
+        for i in range(3):
+            paths.append(folder / f"{i}.safetensors")
+            with open(paths[-1], "wb") as file:
+                file.write(header)
+                for _ in range(tensors):
+                    file.write(np.roll(values, i).astype(np.uint16).data)
+        for method in ("uniform", "median"):
+            command = [sys.executable, "-c", code, method, str(folder / method), *map(str, paths)]
+            peaks[method, tensors] = 1024 * int(subprocess.run(command, check=True, capture_output=True).stdout)
+    for method in ("uniform", "median"):
+        assert peaks[method, 16] <= 256e6 + 3 * 2**24
+        assert abs(peaks[method, 16] - peaks[method, 1]) <= 32e6
