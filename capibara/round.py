@@ -22,6 +22,7 @@ from capibara.consensus.attacks.base import Attack, AttackView
 from capibara.consensus.ballot import Aggregator, Verdict, open_ballot
 from capibara.consensus.certificate import digest_rows, digest_tree
 from capibara.consensus.config import ConsensusConfig
+from capibara.consensus.convex_shares import NAME, SCORE, mixture_shares
 from capibara.consensus.gates import FinalVerdict, GateVerdict, final_gate, gate_differences, judge
 from capibara.consensus.record import LINE_VERSION, node_entries, number, rule_entry, strictest
 from capibara.consensus.validate import duplicate_groups, finite_rows
@@ -135,6 +136,7 @@ class Attempt(NamedTuple):
     verdict: Verdict | None
     rule: PyTree
     attack: PyTree
+    extensions: dict[str, Any]
 
     @property
     def backing(self) -> int:
@@ -217,7 +219,7 @@ def run_round(
         ),
         "duplicates": duplicate_groups(attempt.digests, attempt.norms),
         "quorum": {"needed": plan.needed, "backing": attempt.backing},
-        "extensions": {},
+        "extensions": attempt.extensions,
     } | dict.fromkeys(MERGE_FIELDS)
     next_state = state
     if attempt.backing < plan.needed:
@@ -305,13 +307,19 @@ def _vote(
             flags.append(("stale", np.array(stale)))
             reasons = strictest(flags, num_nodes)
             ballot = open_ballot(returned.stack, np.array([reason == "backed" for reason in reasons], np.float32))
-        delta, verdict, rule = None, None, state.rule
+        delta, verdict, rule, extensions = None, None, state.rule, {}
         if reasons.count("backed") >= plan.needed:
             delta, verdict, rule = plan.aggregator.apply(ballot, state.rule, key)
+            if plan.aggregator.score is not None:
+                found = _shares(plan, state, returned.stack, np.asarray(verdict.backing), draw)
+                if found is not None:
+                    ballot = ballot._replace(scores={SCORE: found[0]})
+                    delta, verdict, rule = plan.aggregator.apply(ballot, state.rule, key)
+                    extensions = {NAME: found[1]}
             flags.append(("outvoted", ~np.asarray(verdict.backing)))
             reasons = strictest(flags, num_nodes)
             jax.block_until_ready(delta)
-    return Attempt(returned, reasons, digests, norms, quality, delta, verdict, rule, attack)
+    return Attempt(returned, reasons, digests, norms, quality, delta, verdict, rule, attack, extensions)
 
 
 def _gate(plan: RoundPlan, state: RoundState, stack: PyTree, draw: int) -> GateVerdict:
@@ -320,6 +328,15 @@ def _gate(plan: RoundPlan, state: RoundState, stack: PyTree, draw: int) -> GateV
     batch = plan.source.held_out("gate", round=state.round, draw=draw, count=count)
     differences, tokens = gate_differences(plan.objective, state.params, stack, batch, config.gate_alpha)
     return judge(differences, tokens, config.verification_rounds, config.gate_limit)
+
+
+def _shares(
+    plan: RoundPlan, state: RoundState, stack: PyTree, backing: np.ndarray, draw: int
+) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """Shares of the rows that back the vote, found on a split that no gate uses."""
+    count = plan.config.verification_rounds * plan.config.gate_sequences
+    batch = plan.source.held_out("merge", round=state.round, draw=draw, count=count)
+    return mixture_shares(plan.objective, state.params, stack, backing, batch)
 
 
 def _decide(

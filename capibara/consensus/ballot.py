@@ -118,6 +118,7 @@ class Merge(NamedTuple):
       prepare: `(Survey) -> leaf function (rows [m, ...], Place) -> [...]`, for merges that draw lots, weigh the rows or
         must have seen the whole tree first.
       whole_tensors: The leaf function needs whole tensors; otherwise any block of a tensor's coordinates will do.
+      score: The score by which the rows that count are weighed, where a ballot has it, instead of by their weights.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Merge(NamedTuple):
     per_tensor: bool = False
     prepare: Callable[[Survey], Callable[[jax.Array, Place], jax.Array]] | None = None
     whole_tensors: bool = False
+    score: str | None = None
 
 
 class Verdict(NamedTuple):
@@ -161,13 +163,14 @@ class Verdict(NamedTuple):
 class Aggregator(NamedTuple):
     """A vote and a merge: `init(params) -> state`, `apply(ballot, state, key) -> (delta, Verdict, state)`.
 
-    `least` is the number of rows with weight above 0 that `apply` needs.
+    `least` is the number of rows with weight above 0 that `apply` needs, `score` the score that its merge weighs by.
     """
 
     name: str
     init: Callable[[PyTree], PyTree]
     apply: Callable[[Ballot, PyTree, Any], tuple[PyTree, Verdict, PyTree]]
     least: int = 1
+    score: str | None = None
 
 
 def open_ballot(stack: PyTree, weights: Any, scores: dict[str, np.ndarray] | None = None) -> Ballot:
@@ -250,7 +253,7 @@ def chain(*rules: Rule, merge: Merge) -> Aggregator:
         return delta, verdict, tuple(states)
 
     least = max((rule.least for rule in rules), default=1)
-    return Aggregator("+".join([*(rule.name for rule in rules), merge.name]), init, apply, least)
+    return Aggregator("+".join([*(rule.name for rule in rules), merge.name]), init, apply, least, merge.score)
 
 
 def merge_rows(
@@ -259,7 +262,10 @@ def merge_rows(
     """The merged delta, its coefficients over the raw deltas where the merge is linear, and the leash's factor."""
     keep = ballot.weights > 0
     if merge.weights is not None:
-        w = np.where(keep, merge.weights(np.where(keep, ballot.weights, 0.0)), 0.0)
+        given = np.where(keep, ballot.weights, 0.0)
+        if merge.score in ballot.scores and (keep & (ballot.scores[merge.score] > 0)).any():
+            given = np.where(keep, ballot.scores[merge.score], 0.0)
+        w = np.where(keep, merge.weights(given), 0.0)
         v = w @ ballot.rows[:, : len(w)]
         return weighted_sum(v, ballot.stack, ballot.gram), v, None if centre is None else 1.0
     if merge.combine is not None and not merge.per_tensor:

@@ -42,12 +42,13 @@ VOTES: dict[str, Vote] = {
 MERGES = (
     "weighted_average", "uniform", "trimmed_mean", "median", "slerp", "karcher", "rda", "task_arithmetic", "ties",
     "ties_tensor", "dare", "dare_norm", "dare_ties", "della", "breadcrumbs", "model_stock", "model_stock_whole", "sce",
+    "convex_optimization",
 )  # fmt: skip
 INNER_STATES = ("keep", "reset")
 MERGE_ROWS = ("mixed", "own")
 OUTERS = ("sgd", "nesterov")
 ENGINES = ("stacked", "inline")
-STRATEGIES = ("plain",)
+STRATEGIES = ("plain", "incremental_soup",)
 SPLITS = ("iid", "by_field", "dirichlet")
 
 A_NUMBER, NOTHING = "a number", ""

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from capibara.consensus.ballot import open_ballot
+from capibara.consensus.convex_shares import recorded_shares
 from capibara.consensus.record import rule_entry
 from capibara.core.config import ModularConfig
 from capibara.engines.base import node_key
@@ -48,7 +49,12 @@ def vote_again(path: Path) -> Replay:
         vote = aggregator(config)
         entered = np.array([node["reason"] in ("backed", "outvoted") for node in line["nodes"]])
         key = node_key(jax.random.key(config.seed), line["round"], line["draw"], config.num_nodes)  # as in run_round
-        delta, verdict, _ = vote.apply(open_ballot(stack, entered.astype(np.float64)), vote.init(None), key)
+        try:
+            scores = recorded_shares(line)
+        except ConfigError as error:
+            raise CertificateError(f"cannot be replayed: {error}") from None
+        ballot = open_ballot(stack, entered.astype(np.float64), scores)
+        delta, verdict, _ = vote.apply(ballot, vote.init(None), key)
         reasons = [
             ("backed" if back else "outvoted") if counted else node["reason"]
             for node, counted, back in zip(line["nodes"], entered, verdict.backing, strict=True)

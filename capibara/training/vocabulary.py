@@ -10,7 +10,7 @@ from typing import Any
 
 import optax
 
-from capibara.consensus import dropout, merging, model_stock, robust, spherical, task_vectors, voting
+from capibara.consensus import convex_shares, dropout, merging, model_stock, robust, spherical, task_vectors, voting
 from capibara.consensus.attacks import Attack, get_attack
 from capibara.consensus.ballot import Aggregator, Merge, Rule, chain
 from capibara.consensus.config import ConsensusConfig
@@ -22,6 +22,7 @@ from capibara.errors import ConfigError, unknown_name
 from capibara.strategies.outer import outer_learning_rate, outer_nesterov, outer_sgd
 from capibara.strategies.plain import adamw, plain
 from capibara.strategies.schedules import schedule
+from capibara.strategies.soup import averaged
 from capibara.types import Objective, Strategy
 
 ENGINES: dict[str, Callable[[], Engine]] = {"inline": InlineEngine, "stacked": StackedEngine}
@@ -58,6 +59,7 @@ MERGES: dict[str, Callable[[int], Merge]] = {
     "model_stock": lambda f: model_stock.model_stock(),
     "model_stock_whole": lambda f: model_stock.model_stock_whole(),
     "sce": lambda f: task_vectors.sce(),
+    "convex_optimization": lambda f: convex_shares.convex_optimization(),
     "bulyan": lambda f: robust.bulyan_merge(f),
 }
 
@@ -109,14 +111,20 @@ def attack(config: ConsensusConfig) -> Attack | None:
 
 
 def strategies(
-    given: tuple[Any, ...], objective: Objective, training: TrainingConfig, total_steps: int
+    given: tuple[Any, ...], objective: Objective, training: TrainingConfig, total_steps: int, local_steps: int
 ) -> tuple[Strategy, ...]:
     """The strategies of a run, by name or as objects.
 
     Raises:
       ConfigError: For a name that is not there.
     """
-    return tuple(STRATEGIES[_known(s)](objective, training, total_steps) if isinstance(s, str) else s for s in given)
+
+    def one(name: str) -> Strategy:
+        if name in OVER_A_ROUND:
+            return OVER_A_ROUND[name](plain_strategy(objective, training, total_steps), local_steps)
+        return STRATEGIES[_known(name)](objective, training, total_steps)
+
+    return tuple(one(s) if isinstance(s, str) else s for s in given)
 
 
 def learning_rate(training: TrainingConfig, total_steps: int) -> optax.Schedule:
@@ -147,8 +155,11 @@ def plain_strategy(objective: Objective, training: TrainingConfig, total_steps: 
 
 STRATEGIES: dict[str, Callable[[Objective, TrainingConfig, int], Strategy]] = {"plain": plain_strategy}
 
+OVER_A_ROUND: dict[str, Callable[[Strategy, int], Strategy]] = {"incremental_soup": averaged}
+"""What the plain strategy may be wrapped in; these know how many steps a round has."""
+
 
 def _known(name: str) -> str:
     if name not in STRATEGIES:
-        raise ConfigError(unknown_name("strategy", name, STRATEGIES))
+        raise ConfigError(unknown_name("strategy", name, (*STRATEGIES, *OVER_A_ROUND)))
     return name

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capibara.consensus import dropout, merging, model_stock, robust, spherical, task_vectors, voting
+from capibara.consensus import convex_shares, dropout, merging, model_stock, robust, spherical, task_vectors, voting
 from capibara.consensus.ballot import Aggregator, Merge, Rule, chain, open_ballot
 from capibara.errors import ConfigError
 
@@ -43,6 +43,7 @@ MERGES = {
     "uniform": merging.uniform(),
     "trimmed_mean": merging.trimmed_mean(F),
     "median": merging.median(),
+    "convex_optimization": convex_shares.convex_optimization(),
 }
 NAMED = [
     spherical.slerp(), spherical.karcher(), spherical.rda(), task_vectors.task_arithmetic(), task_vectors.ties(),
