@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from capibara.data.demo import demo_documents, demo_folder
 from capibara.data.pack import line_up, num_rows, pack
-from capibara.data.prepare import Note, check_shards, prepare, read_manifest
+from capibara.data.prepare import Note, check_shards, hash_file, prepare, read_manifest
 from capibara.data.source import Document, read_documents, text_files
 from capibara.data.split import SPLITS, deal
 from capibara.errors import DataError
@@ -173,7 +173,7 @@ def _digest(files: list[Path]) -> str:
     for file in files:
         try:
             hasher.update(os.fsencode(f"{file.absolute().parent.name}/{file.name}\0{file.stat().st_size}\0"))
-            hasher.update_mmap(file)
+            hash_file(hasher, file)
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror or error}); mend it or leave it out.") from None
     return hasher.hexdigest()

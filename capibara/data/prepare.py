@@ -36,6 +36,7 @@ BATCH = 64
 BATCH_CHARACTERS = 4 * 2**20
 """A BPE keeps some 100 bytes a token while it encodes, so long documents are encoded few at a time."""
 
+HASHED_AT_ONCE = 16 * 2**20
 NOTE_EVERY = 64 * 2**20
 """Characters between two notes on progress."""
 
@@ -125,6 +126,13 @@ def check_shards(folder: Path, manifest: dict[str, Any]) -> None:
         path = folder / name
         if not path.is_file() or _digest(path) != digest:
             raise DataError(f"{path} has been changed or is missing; remove {folder} and prepare the text again.")
+
+
+def hash_file(hasher: blake3, path: Path) -> None:
+    """Feeds a file to a hash, 16 MB at a time; a mapped file would count as memory of the process, however long."""
+    with open(path, "rb") as file:
+        while chunk := file.read(HASHED_AT_ONCE):
+            hasher.update(chunk)
 
 
 def _make(
@@ -264,7 +272,9 @@ def _temporary(folder: Path, name: str) -> Path:
 
 
 def _digest(path: Path) -> str:
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+    hasher = blake3(max_threads=blake3.AUTO)
+    hash_file(hasher, path)
+    return hasher.hexdigest()
 
 
 def _digest_of(value: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,27 @@ from hypothesis import strategies as st
 from capibara.data.source import MOST_JSON_BYTES, PIECE_BYTES, Document, pieces, read_documents, text_files
 from capibara.errors import DataError
 
-PEAK_OF_READING = """
-import resource, sys
+READING = """
+import sys
 from capibara.data.source import read_documents
-total = 0
-for document in read_documents(sys.argv[1]):
-    total += len(document.text)
-print(total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+count = sum(len(document.text) for document in read_documents(sys.argv[1]))
+"""
+
+PREPARING = """
+import sys
+from pathlib import Path
+from capibara.core.tokenizer import byte_tokenizer
+from capibara.data.prepare import check_shards, prepare
+from capibara.data.source import read_documents
+path = Path(sys.argv[1])
+manifest = prepare(lambda: read_documents(path), byte_tokenizer(), path.with_name("shards"), held_out_fraction=0.0)
+check_shards(path.with_name("shards"), manifest)
+count = manifest["splits"]["train"]["tokens"]
+"""
+
+PEAK = """
+import resource
+print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -228,26 +243,40 @@ def test_a_name_that_is_not_utf8_is_no_obstacle(tmp_path):
     assert document.fields["file"] == "caf\ufffd.txt"
 
 
-def peak_of_reading(path: Path, limit: int | None = None) -> tuple[int, int]:
-    """Characters read, and kB of memory at the most, of a process that reads documents and keeps none."""
+def peak_of(code: str, path: Path, limit: int | None = None) -> tuple[int, int]:
+    """What a process prints of a file, and its largest memory in kB."""
     done = subprocess.run(
-        [sys.executable, "-c", PEAK_OF_READING, path], capture_output=True, text=True,
+        [sys.executable, "-c", code + PEAK, path], capture_output=True, text=True,
         preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    characters, peak = map(int, done.stdout.split())
-    return characters, peak
+    count, peak = map(int, done.stdout.split())
+    return count, peak
+
+
+@pytest.fixture
+def line_of_1_gb(tmp_path: Path) -> Path:
+    """A sparse file of NULs, valid UTF-8 without a line end."""
+    with open(tmp_path / "line.txt", "wb") as stream:
+        stream.truncate(2**30)
+    return tmp_path / "line.txt"
 
 
 @pytest.mark.slow
-def test_a_line_of_1_gb_is_read_in_bounded_memory(tmp_path):
-    """A sparse file of NULs, valid UTF-8 without a line end; 300 MB of address space, Python's own included."""
-    file = tmp_path / "line.txt"
-    with open(file, "wb") as stream:
-        stream.truncate(2**30)
-    characters, peak = peak_of_reading(file, limit=300 * 2**20)
+def test_a_line_of_1_gb_is_read_in_bounded_memory(line_of_1_gb):
+    """300 MB of address space, Python's own included."""
+    characters, peak = peak_of(READING, line_of_1_gb, limit=300 * 2**20)
     assert characters == 2**30
     assert peak < 150 * 1024
+
+
+@pytest.mark.slow
+def test_a_line_of_1_gb_is_prepared_in_bounded_memory(line_of_1_gb):
+    """Digests of input and shards included; 2 GB of ids go to disk."""
+    tokens, peak = peak_of(PREPARING, line_of_1_gb)
+    shutil.rmtree(line_of_1_gb.with_name("shards"))
+    assert tokens == 2**30 + 1
+    assert peak < 250 * 1024
 
 
 def test_a_json_line_of_1_gb_is_refused_before_it_is_read(tmp_path):
