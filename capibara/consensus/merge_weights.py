@@ -46,7 +46,7 @@ def find_weights(
     Fails when: the validation data are not like what the model will be used on.
 
     Args:
-      trees: Parameters; may be a lazy sequence, which is then read three times.
+      trees: Parameters; may be a lazy sequence, which is then read once for each merge that is evaluated.
       objective: Their losses.
       held: Validation sequences by domain.
       problem: What is minimised.
