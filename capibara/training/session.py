@@ -256,7 +256,9 @@ def build_plan(config: ModularConfig, losses: Objective, source: Source, total_r
     return RoundPlan(
         config=consensus,
         objective=losses,
-        strategies=vocabulary.strategies(consensus.strategies, losses, config.training, steps),
+        strategies=vocabulary.strategies(
+            consensus.strategies, losses, config.training, steps, consensus.local_steps
+        ),
         engine=vocabulary.engine(consensus),
         aggregator=vocabulary.aggregator(consensus),
         outer=vocabulary.outer(consensus),

@@ -120,7 +120,7 @@ def test_names_and_the_objects_they_stand_for_are_the_same_parts():
     assert vocabulary.engine(given) is engine and vocabulary.outer(given) is outer
     assert vocabulary.engine(ConsensusConfig(engine="inline")).name == "inline"
     training = points().training
-    assert vocabulary.strategies(("plain", strategy), tiny.OBJECTIVE, training, 4)[1] is strategy
+    assert vocabulary.strategies(("plain", strategy), tiny.OBJECTIVE, training, 4, 2)[1] is strategy
 
     def first_move(**config) -> float:
         outer = vocabulary.outer(ConsensusConfig(num_nodes=8, **config))
