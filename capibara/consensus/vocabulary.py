@@ -48,7 +48,7 @@ INNER_STATES = ("keep", "reset")
 MERGE_ROWS = ("mixed", "own")
 OUTERS = ("sgd", "nesterov")
 ENGINES = ("stacked", "inline")
-STRATEGIES = ("plain", "incremental_soup")
+STRATEGIES = ("plain", "convexity", "incremental_soup")
 SPLITS = ("iid", "by_field", "dirichlet")
 
 A_NUMBER, NOTHING = "a number", ""

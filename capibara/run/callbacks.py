@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +51,11 @@ def record(
             sink(entry)
 
     return call
+
+
+def show(text: str) -> None:
+    """Writes a line where a person may read it: on standard error, standard output is for results."""
+    sys.stderr.write(text + "\n")
 
 
 class TrainingLog:

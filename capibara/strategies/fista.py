@@ -8,40 +8,19 @@ float64. Data fit into memory as X float64[N, d].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import xlogy
 
+from capibara.core.linear import LOSSES, LinearLoss
 from capibara.errors import ConfigError, unknown_name
 from capibara.transforms.prox import Prox
 
 CHECK_EVERY = 10
 """Iterations between two looks at the gap, which costs as much as one of them."""
-
-
-class LinearLoss(NamedTuple):
-    """ℓ(z, y), convex and smooth in z, with its conjugate in z.
-
-    Attributes:
-      name: As a configuration says it.
-      smoothness: Largest eigenvalue of ∇²_z ℓ.
-      value: `(z[N, C], y) -> [N]`.
-      gradient: `(z[N, C], y) -> [N, C]`.
-      conjugate: `(α[N, C], y) -> [N]`, for α between 0 and a gradient.
-      classes: True where y are class numbers int[N], and z has a column for each.
-    """
-
-    name: str
-    smoothness: float
-    value: Callable[[jax.Array, jax.Array], jax.Array]
-    gradient: Callable[[jax.Array, jax.Array], jax.Array]
-    conjugate: Callable[[jax.Array, jax.Array], jax.Array]
-    classes: bool = False
 
 
 class ConvexFit(NamedTuple):
@@ -64,54 +43,6 @@ class ConvexFit(NamedTuple):
     iterations: int
     converged: bool
     certificate: str = "global"
-
-
-@cache
-def _squared() -> LinearLoss:
-    return LinearLoss(
-        "squared",
-        1.0,
-        lambda z, y: 0.5 * jnp.sum(jnp.square(z - y), -1),
-        lambda z, y: z - y,
-        lambda a, y: jnp.sum(0.5 * jnp.square(a) + a * y, -1),
-    )
-
-
-@cache
-def _logistic() -> LinearLoss:
-    def conjugate(a: jax.Array, y: jax.Array) -> jax.Array:
-        u = jnp.clip(a + y, 0, 1)
-        return jnp.sum(xlogy(u, u) + xlogy(1 - u, 1 - u), -1)
-
-    return LinearLoss(
-        "logistic",
-        0.25,
-        lambda z, y: jnp.sum(jnp.logaddexp(0, z) - y * z, -1),
-        lambda z, y: jax.nn.sigmoid(z) - y,
-        conjugate,
-    )
-
-
-@cache
-def _softmax() -> LinearLoss:
-    def hot(z: jax.Array, y: jax.Array) -> jax.Array:
-        return jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
-
-    def conjugate(a: jax.Array, y: jax.Array) -> jax.Array:
-        u = jnp.clip(a + hot(a, y), 0, 1)
-        return jnp.sum(xlogy(u, u), -1)
-
-    return LinearLoss(
-        "softmax",
-        0.5,
-        lambda z, y: jax.nn.logsumexp(z, -1) - jnp.take_along_axis(z, y[:, None], -1)[:, 0],
-        lambda z, y: jax.nn.softmax(z) - hot(z, y),
-        conjugate,
-        classes=True,
-    )
-
-
-LOSSES = {"squared": _squared, "logistic": _logistic, "softmax": _softmax}
 
 
 def fista(

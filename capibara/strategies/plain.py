@@ -101,8 +101,9 @@ def plain(
 
 
 def average(state: TrainState) -> PyTree:
-    """The running average of the parameters, or the parameters where none is kept."""
-    return state.inner.average if jax.tree.leaves(state.inner.average) else state.params
+    """The running average of the parameters, or the parameters where the strategy keeps none."""
+    kept = getattr(state.inner, "average", ())
+    return kept if jax.tree.leaves(kept) else state.params
 
 
 def _tokens(batch: Batch) -> jax.Array:

@@ -114,7 +114,8 @@ def proximal_point(
             gradient = jax.grad(loss)
 
             def product(v: PyTree) -> PyTree:
-                return jax.jvp(gradient, (centre,), (v,))[1]
+                # Reverse over reverse: gradients of our own (`core.layers`, `core.loss`) have no forward mode.
+                return jax.grad(lambda params: optax.tree.vdot(gradient(params), v))(centre)
 
             found = extreme_eigenvalues(
                 product, centre, jax.random.fold_in(key, 1), num_products=num_products, failure=failure

@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capibara.consensus.config import ConsensusConfig
+    from capibara.training.convexity_training_strategy import ConvexityTrainingStrategy
     from capibara.training.incremental_soup_strategy import IncrementalSoupStrategy
     from capibara.training.meta_consensus_system import MetaConsensusSystem
     from capibara.training.unified_trainer import UnifiedTrainer
 
-__all__ = ["ConsensusConfig", "IncrementalSoupStrategy", "MetaConsensusSystem", "UnifiedTrainer"]
+__all__ = [
+    "ConsensusConfig",
+    "ConvexityTrainingStrategy",
+    "IncrementalSoupStrategy",
+    "MetaConsensusSystem",
+    "UnifiedTrainer",
+]
 
 _HOMES = {
     "ConsensusConfig": "capibara.consensus.config",
+    "ConvexityTrainingStrategy": "capibara.training.convexity_training_strategy",
     "IncrementalSoupStrategy": "capibara.training.incremental_soup_strategy",
     "MetaConsensusSystem": "capibara.training.meta_consensus_system",
     "UnifiedTrainer": "capibara.training.unified_trainer",

@@ -242,8 +242,8 @@ def _must_be_the_same(run: Run, parts: SoloParts) -> None:
     about = json.loads((run.path / SOLO).read_text())
     if about["strategy"] != parts.strategy.name:
         raise ConfigError(
-            f"{run.path} was started with the strategy {about['strategy']}; now it is {parts.strategy.name}. Resume with "
-            "the one it was started with, or name another checkpoint_dir."
+            f"{run.path} was started with the strategy {about['strategy']}; now it is {parts.strategy.name}. Resume "
+            "with the one it was started with, or name another checkpoint_dir."
         )
     if about["data_digest"] != parts.source.digest:
         raise DataError(

@@ -23,7 +23,6 @@ from capibara.training.parts import give_tokenizer, run_tokenizer, training_obje
 from capibara.training.results import Judgement
 from capibara.types import Batch, Objective, Strategy
 
-
 MakeStrategy = Callable[[Objective, TrainingConfig, int], Strategy]
 """`(objective, [training], steps of the whole run) -> strategy`."""
 

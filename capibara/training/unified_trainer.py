@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from capibara.core.config import ModularConfig
 from capibara.core.model import ModularCapibaraModel
-from capibara.run.callbacks import Callback
+from capibara.run.callbacks import Callback, show
 from capibara.training.session import next_run_path
 from capibara.training.solo import TrainingResults, train_solo
 
@@ -114,11 +113,7 @@ class UnifiedTrainer:
             resume=resume,
             eval_every=self.eval_every if eval_every is None else eval_every,
             callbacks=callbacks,
-            echo=_show if progress else None,
+            echo=show if progress else None,
         )
         self.model = results.model
         return results
-
-
-def _show(text: str) -> None:
-    sys.stderr.write(text + "\n")
