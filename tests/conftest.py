@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import threadpoolctl
 
 TESTS = Path(__file__).parent
 KEPT = ("CAPIBARA_DATA", "CAPIBARA_SPEC")
@@ -28,8 +29,6 @@ run of tests/core takes 0.4 of the first)."""
 
 # Before anything imports JAX; subprocesses inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# One worker a core is busy already: OpenBLAS threads that wait for each other made a 200 × 200 solve 50 times slower.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 for name, value in COMPILED.items():
     os.environ.setdefault(name, value)
 
@@ -38,7 +37,12 @@ hypothesis.settings.load_profile("capibara")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A kept program that cannot be read (another worker may be writing it) is compiled again."""
+    """One thread for NumPy's BLAS; a kept program that cannot be read (a worker may be writing it) is compiled again.
+
+    A worker a core keeps the machine busy: OpenBLAS threads that wait for each other made small solves 50 times slower.
+    The variable OPENBLAS_NUM_THREADS would come too late, after the plugin of jaxtyping has imported NumPy.
+    """
+    threadpoolctl.threadpool_limits(1, user_api="blas")
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
 
 
