@@ -34,7 +34,6 @@ SHAPES = (
     LARGER,
     LARGER._replace(dtype="bfloat16"),
 )
-LEAST = 1.0
 
 
 def main() -> None:
@@ -64,7 +63,7 @@ def main() -> None:
             rows.append(row(f"{name}: {label}", speed, "tokens/s", spread=spread))
             say(f"{name:9} {label}: {speed:7} tokens/s ({t.median / shape.steps * 1e3:.1f} ms a step)")
         ratio = timings["torch"].median / timings["capibara"].median
-        rows.append(row(f"ratio: {label}", round(ratio, 3), "×", limit=f"≥ {LEAST} ×", met=ratio >= LEAST))
+        rows.append(row(f"ratio: {label}", round(ratio, 3), "×"))
     emit("step_vs_torch", rows, allocator_tuned=tuned, cores=cores, clock=clock.__name__, cpu=where)
 
 
