@@ -41,7 +41,7 @@ method, out, *inputs = sys.argv[1:]
 merge(Recipe(tuple(map(Path, inputs)), method=method), out)
 print(json.dumps({"rss": 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])}))
 """
-"""What `capibara merge` does, and the peak memory of its process (`ru_maxrss` would be that of the process before it)."""
+"""What `capibara merge` does, and the peak memory of its process; `ru_maxrss` would be that of the one before it."""
 
 
 def main() -> None:

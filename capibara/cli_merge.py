@@ -108,6 +108,8 @@ def add_merge(main: click.Group, command: Callable[..., Any], say: Callable[[boo
         head = "was merged before" if report.found else "merged"
         went_on = f", {report.resumed} tensors of them by an earlier command" if report.resumed else ""
         lines.insert(0, f"{head} by {record['method']}: {record['parameters']:,} parameters{went_on}")
+        if "validation" in record:
+            lines += ["", record["validation"]["summary"], ""]
         size = sum(file.stat().st_size for file in ([out] if out.is_file() else out.glob("*.safetensors")))
         lines.append(f"Wrote {out} ({readable(size)}), digest {record['digest']}")
         say(as_json, {"out": str(out), "resumed": report.resumed, "found": report.found, **record}, "\n".join(lines))

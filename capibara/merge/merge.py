@@ -74,6 +74,11 @@ def merge(
     checkpoints = [open_checkpoint(path) for path in (*recipe.inputs, *([recipe.base] if recipe.base else []))]
     maps = {i: read_map(path) for i, path in recipe.vocabulary_maps.items()}
     jobs = plan_jobs(checkpoints, dtype=DTYPES[recipe.dtype] if recipe.dtype else None, vocabulary=maps)
+    validation: dict[str, Any] | None = None
+    if recipe.validation is not None:
+        from capibara.merge.validation import weigh
+
+        recipe, validation = weigh(recipe, checkpoints)
     identity = _identity(recipe, checkpoints)
     if out.exists():
         return _found(out, identity, files or Files())
@@ -83,7 +88,8 @@ def merge(
     except OSError as error:
         raise out_of_room(out, error, kept=False) from error
     try:
-        return _Merge(recipe, method, checkpoints, jobs, journal, progress or (lambda *_: None)).run(out, identity)
+        parts = _Merge(recipe, method, checkpoints, jobs, journal, progress or (lambda *_: None), validation)
+        return parts.run(out, identity)
     finally:
         journal.close()
         with suppress(OSError):
@@ -101,7 +107,9 @@ class _Merge:
         jobs: list[Job],
         journal: Journal,
         progress: Progress,
+        validation: dict[str, Any] | None,
     ):
+        self.validation = validation
         self.recipe, self.method, self.checkpoints, self.jobs = recipe, method, checkpoints, jobs
         self.journal, self.files, self.work = journal, journal.files, journal.folder
         self.passes = Passes(recipe, jobs, progress)
@@ -184,6 +192,7 @@ class _Merge:
             "inputs": inputs,
             **({"base": self._about(len(inputs), self.checkpoints[-1])} if self.recipe.base else {}),
             **({"middle": decision.middle} if decision and decision.reasons else {}),
+            **({"validation": self.validation} if self.validation else {}),
             "parameters": sum(job.numbers for job in self.jobs),
             "digest": digest_over({name: bytes.fromhex(digest) for name, digest in tensors.items()}),
             "tensors": tensors,

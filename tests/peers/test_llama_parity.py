@@ -11,6 +11,7 @@ import pytest
 
 from capibara.core.config import ModelConfig
 from capibara.core.model import ModularCapibaraModel, objective, parameters, with_parameters
+from capibara.hf.llama import llama_config, our_array, our_name
 
 pytestmark = pytest.mark.peers
 
@@ -60,27 +61,8 @@ def llama(model) -> Any:
     with torch.no_grad():
         for name, weight in llama.named_parameters():
             ours = np.array(parameters(model)[our_name(name)])
-            weight.copy_(torch.from_numpy(ours.T.copy() if "_proj" in name else ours))
+            weight.copy_(torch.from_numpy(our_array(name, ours).copy()))
     return llama
-
-
-def our_name(theirs: str) -> str:
-    """The flat name of a parameter of Llama."""
-    parts = theirs.removeprefix("model.").split(".")
-    if parts[0] != "layers":
-        return {"embed_tokens": "embedding", "norm": "norm"}[parts[0]]
-    name = {
-        "input_layernorm": "norm_attention",
-        "post_attention_layernorm": "norm_mlp",
-        "q_proj": "query",
-        "k_proj": "key",
-        "v_proj": "value",
-        "o_proj": "out",
-        "gate_proj": "gate",
-        "up_proj": "up",
-        "down_proj": "down",
-    }
-    return f"blocks.{parts[1]}.{name[parts[-2]]}"
 
 
 def tokens_and_targets(B: int = 3, T: int = 21) -> tuple[np.ndarray, np.ndarray]:
@@ -91,6 +73,12 @@ def tokens_and_targets(B: int = 3, T: int = 21) -> tuple[np.ndarray, np.ndarray]
 def test_every_parameter_has_its_counterpart(model, llama):
     theirs = {our_name(name): weight.numel() for name, weight in llama.named_parameters()}
     assert theirs == {name: leaf.size for name, leaf in parameters(model).items()}
+
+
+def test_its_configuration_is_ours(llama):
+    found = llama_config(llama.config.to_dict())
+    assert found.head_size == CONFIG.head_size
+    assert found == CONFIG.model_copy(update={"init_scale": found.init_scale, "head_dim": found.head_dim})
 
 
 def test_logits_are_llamas(model, llama):

@@ -1,0 +1,144 @@
+"""Weights for a merge found on held-out text: P1, the mixture problem, with its gap, and the merge evaluated.
+
+    text ─ first input's tokenizer ─► sequences ─► log-probabilities of every input ─► convex weights ─► weighted merge
+
+Works for models that capibara can run: its own folders and runs, and Llama-shaped Hugging Face folders. One model at a
+time is in memory, as float32, beside the one that is being summed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capibara.errors import ConfigError, DataError
+from capibara.merge.recipe import Recipe
+from capibara.merge.stream import Reader
+from capibara.merge.tensors import Checkpoint, numpy_type
+
+LENGTH = 256
+"""Tokens of a sequence, or fewer where the model takes fewer."""
+
+SEQUENCES = 64
+"""At most, spread evenly over the text: each input reads them once, and the merges that are tried."""
+
+DOCUMENTS = 10_000
+STRENGTH = 0.01
+"""λ of the pull to equal weights."""
+
+
+def weigh(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with the weights found, and what is certain of them, as `merge.json` records it.
+
+    Raises:
+      ConfigError: If the recipe says how to weigh already, or an input is no model that can be run.
+      DataError: If there is no text.
+    """
+    if recipe.method != "uniform" or recipe.weights is not None:
+        raise ConfigError("--validation finds the weights itself: leave --method and --weights out.")
+    from capibara.consensus.evidence import held_out
+    from capibara.consensus.merge_weights import find_weights
+    from capibara.consensus.problems import mixture_problem
+    from capibara.consensus.simplex import kl_penalty
+    from capibara.core.model import ModularCapibaraModel, objective
+
+    assert recipe.validation is not None
+    config = _config(checkpoints[0])
+    model = ModularCapibaraModel(config)
+    batch = _batch(recipe.validation, checkpoints[0], config)
+    trees = _Trees(checkpoints)
+    found = find_weights(
+        trees,
+        objective(model),
+        held_out(batch),
+        mixture_problem(),
+        partial(kl_penalty, STRENGTH),
+        chance=math.log(config.vocab_size),
+    )
+    weights = np.asarray(found.weights, np.float64)
+    weights = tuple(float(weight) for weight in weights / weights.sum())
+    names = {f"input {i}: {checkpoint.path.name}": float(loss) for i, (checkpoint, loss) in
+             enumerate(zip(checkpoints, found.losses, strict=True))}  # fmt: skip
+    record = {
+        **{key: value for key, value in found.to_json().items() if key not in ("losses", "seconds")},
+        "losses": {**names, "uniform": found.uniform_loss, "this merge": found.merged_loss},
+        "tokens": int(batch["mask"].sum()),
+        "sequences": len(batch["mask"]),
+        "summary": found.summary(),
+    }
+    return replace(recipe, method="weighted", weights=weights, validation=None), record
+
+
+class _Trees(Sequence[Any]):
+    """The inputs' parameters under our names, float32, each read when it is asked for."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]):
+        self.checkpoints = checkpoints
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def __getitem__(self, i: Any) -> Any:
+        from capibara.hf.llama import our_array, our_name
+
+        checkpoint, found = self.checkpoints[i], {}
+        theirs = checkpoint.kind == "huggingface"
+        with Reader() as reader:
+            for name, tensor in checkpoint.tensors.items():
+                if theirs and name == "lm_head.weight" and checkpoint.tied:
+                    continue
+                raw = np.empty(tensor.numbers * numpy_type(tensor.dtype).itemsize, np.uint8)
+                reader.read(0, tensor, 0, raw.data)
+                values = raw.view(numpy_type(tensor.dtype)).reshape(tensor.shape).astype(np.float32)
+                found[our_name(name) if theirs else name] = our_array(name, values) if theirs else values
+        return found
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    from capibara.core.config import ModelConfig
+
+    if checkpoint.kind in ("capibara", "run") and checkpoint.config:
+        return ModelConfig(**checkpoint.config)
+    if checkpoint.kind == "huggingface":
+        from capibara.hf.llama import llama_config
+
+        try:
+            return llama_config(checkpoint.config)
+        except ConfigError as error:
+            raise ConfigError(f"--validation cannot run {checkpoint.path}: {error}") from None
+    raise ConfigError(
+        f"--validation needs models that can be run: folders with a config.json, or runs; {checkpoint.path} is "
+        f"{checkpoint.kind}."
+    )
+
+
+def _batch(text: Path, checkpoint: Checkpoint, config: Any) -> dict[str, np.ndarray]:
+    """Sequences spread evenly over the text, packed as in training."""
+    from capibara.core.tokenizer import load_tokenizer
+    from capibara.data.pack import line_up, num_rows, pack
+    from capibara.data.source import read_documents
+
+    definition = checkpoint.carried.get("tokenizer.json")
+    if not isinstance(definition, Path):
+        raise ConfigError(f"--validation needs {checkpoint.path}/tokenizer.json to read text with.")
+    tokenizer = load_tokenizer(definition)
+    documents = [document.text for document in islice(read_documents(text), DOCUMENTS)]
+    ids = [np.append(one, tokenizer.eos).astype(np.int64) for one in tokenizer.encode_batch(documents)]
+    if sum(len(one) for one in ids) < 2:
+        raise DataError(f"{text} holds no text to validate on.")
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])])
+    length = min(LENGTH, config.max_length)
+    line = line_up(offsets, np.arange(len(ids)))
+    rows = num_rows(line, length)
+    chosen = np.unique(np.linspace(0, rows - 1, min(SEQUENCES, rows)).round().astype(np.int64))
+    flat = np.concatenate(ids)
+    if flat.max() >= config.vocab_size:
+        raise ConfigError(f"The tokenizer has token {flat.max()}; the model's vocabulary has {config.vocab_size}.")
+    return pack(flat, line, chosen, length)
