@@ -82,7 +82,7 @@ def accuracy(objective: Objective, held: HeldOut) -> Metric:
     def errors(params: PyTree, batch: Batch) -> tuple[Any, Any]:
         counts = batch["mask"].astype(jnp.float32)
         wrong = logits(params, batch).argmax(-1) != batch["targets"]
-        return (wrong * counts).sum(1), counts.sum(1)
+        return jnp.where(wrong, counts, 0).sum(1), counts.sum(1)
 
     judged = Objective(objective.loss, errors)
     return Metric("accuracy", partial(_score, judged, held), lambda mean: 1.0 - mean, judged)
