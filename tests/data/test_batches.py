@@ -278,7 +278,7 @@ def make_text(path: Path) -> Path:
     return path
 
 
-def opened(path: object, cache: Path, **changed) -> TextSource:
+def opened(path: str | tuple[str, ...], cache: Path, **changed) -> TextSource:
     asked = {"num_nodes": 2, "split": "iid", "seed": 0, "cache": cache, "tokenizer": BYTES} | changed
     data = DataConfig(path=path, sequence_length=LENGTH, held_out_fraction=0.4, field="folder")
     return open_source(data, **asked)

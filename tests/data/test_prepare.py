@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,7 +182,8 @@ def test_what_is_prepared_is_not_prepared_again(tmp_path):
 @pytest.mark.parametrize("change", ["inputs", "tokenizer", "held_out_fraction", "version", "no inputs", "manifest"])
 def test_text_of_other_inputs_is_prepared_again(tmp_path, change):
     prepare(lambda: MANY, BYTES, tmp_path, inputs="x")
-    tokenizer, settings = BYTES, {"inputs": "x"}
+    tokenizer = BYTES
+    settings: dict[str, Any] = {"inputs": "x"}
     if change == "inputs":
         settings["inputs"] = "y"
     elif change == "tokenizer":

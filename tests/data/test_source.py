@@ -247,7 +247,7 @@ def peak_of(code: str, path: Path, limit: int | None = None) -> tuple[int, int]:
     """What a process prints of a file, and its largest memory in kB."""
     done = subprocess.run(
         [sys.executable, "-c", code + PEAK, path], capture_output=True, text=True,
-        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))),
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))) if limit else None,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     count, peak = map(int, done.stdout.split())
