@@ -136,7 +136,8 @@ def quadratic(
     u = penalty.prior
     loss, gradient, hessian = space.derivatives(u)
     least = least_curvature(hessian)
-    h = hessian + max(0.0, -least) * np.eye(len(u)) * (1 + 1e-9)
+    along = np.eye(len(u)) - 1 / len(u)  # what H does across the simplex, where no weights are, may be concave
+    h = along @ hessian @ along + max(0.0, -least) * np.eye(len(u)) * (1 + 1e-9)
 
     def value(w: np.ndarray) -> float:
         d = w - u

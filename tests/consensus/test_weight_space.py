@@ -9,8 +9,8 @@ from bigram import OBJECTIVE
 
 from capibara.consensus.evidence import held_out, read_logs
 from capibara.consensus.opinion_pool import model_pieces, opinion_pool
-from capibara.consensus.simplex import kl_penalty, no_penalty
-from capibara.consensus.weight_space import least_curvature, quadratic, refine, weight_space
+from capibara.consensus.simplex import kl_penalty, no_penalty, project
+from capibara.consensus.weight_space import WeightSpace, least_curvature, quadratic, refine, weight_space
 from capibara.errors import ConfigError
 
 LANGUAGE = bigram.chain(0)
@@ -95,6 +95,26 @@ def test_a_concave_stretch_is_found():
     pair = [model, bigram.twin(model)]
     _, least = quadratic(weight_space(pair, OBJECTIVE, HELD), no_penalty(np.array([0.5, 0.5])))
     assert least < 0
+
+
+@pytest.mark.parametrize("bend", [0.0, 40.0])
+def test_what_the_hessian_does_across_the_simplex_changes_no_weight(bend: float):
+    """dᵀ(H − c·11ᵀ)d = dᵀHd where Σd = 0; with c large the diagonal of H is negative, as on a trained network."""
+    rng = np.random.default_rng(0)
+    half, slope = rng.normal(size=(5, 5)), rng.normal(size=5)
+    hessian, u = half @ half.T, np.full(5, 0.2)
+
+    class Known(WeightSpace):
+        def derivatives(self, w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+            return 1.0, slope, hessian - bend
+
+    found, least = quadratic(Known({}, OBJECTIVE, HELD), no_penalty(u))
+    w, step = u, 1 / np.linalg.eigvalsh(hessian)[-1]
+    for _ in range(20000):
+        w = project(w - step * (slope + hessian @ (w - u)))
+    assert found.converged and least > 0
+    np.testing.assert_allclose(found.weights, w, atol=1e-6)
+    assert found.loss == pytest.approx(1 + slope @ (w - u) + 0.5 * (w - u) @ hessian @ (w - u), abs=1e-9)
 
 
 def test_long_refinements_are_refused(space):
