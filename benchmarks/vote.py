@@ -42,7 +42,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from capibara.consensus import merging, networks, voting
-    from capibara.consensus.ballot import chain
+    from capibara.consensus.aggregate import chain
 
     deltas = (1 + np.random.default_rng(0).standard_normal((N, asked.columns), np.float32)).astype(np.float32)
     deltas[-F:] *= np.array([[-3.0], [50.0]], np.float32)
@@ -116,7 +116,7 @@ def parity(torch: Any, byzfl: Any, deltas: np.ndarray) -> dict[str, tuple[float,
     import jax.numpy as jnp
 
     from capibara.consensus import mixing, networks
-    from capibara.consensus.ballot import gram_matrix
+    from capibara.consensus.row_algebra import gram_matrix
 
     stack = {"w": jnp.asarray(deltas)}
     mixed = byzfl.NNM(f=F)(byzfl.ARC(f=F)(torch.tensor(deltas))).numpy()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax
 
 from capibara.consensus import networks
-from capibara.consensus.ballot import Merge, capped
+from capibara.consensus.aggregate import capped
+from capibara.consensus.ballot import Merge
 from capibara.errors import ConfigError
 from capibara.types import PyTree
 

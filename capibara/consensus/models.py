@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from capibara.consensus import merging, networks
-from capibara.consensus.ballot import Ballot, Rule, Verdict, chain, open_ballot
+from capibara.consensus.aggregate import chain
+from capibara.consensus.ballot import Ballot, Rule, Verdict, open_ballot
 from capibara.consensus.gates import GateVerdict, gate_differences, judge
 from capibara.consensus.record import strictest
 from capibara.consensus.validate import admit, finite_rows

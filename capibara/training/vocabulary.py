@@ -11,8 +11,9 @@ from typing import Any
 import optax
 
 from capibara.consensus import convex_shares, dropout, merging, model_stock, robust, spherical, task_vectors, voting
+from capibara.consensus.aggregate import chain
 from capibara.consensus.attacks import Attack, get_attack
-from capibara.consensus.ballot import Aggregator, Merge, Rule, chain
+from capibara.consensus.ballot import Aggregator, Merge, Rule
 from capibara.consensus.config import ConsensusConfig
 from capibara.core.config import TrainingConfig
 from capibara.engines.base import Engine

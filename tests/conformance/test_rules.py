@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from capibara.consensus import convex_shares, dropout, merging, model_stock, robust, spherical, task_vectors, voting
-from capibara.consensus.ballot import Aggregator, Merge, Rule, chain, open_ballot
+from capibara.consensus.aggregate import chain
+from capibara.consensus.ballot import Aggregator, Merge, Rule, open_ballot
 from capibara.errors import ConfigError
 
 N, F = 8, 1

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rows import as_row, as_stack, cases
 
 from capibara.consensus import merging, voting
-from capibara.consensus.ballot import chain, open_ballot
+from capibara.consensus.aggregate import chain
+from capibara.consensus.ballot import open_ballot
 from capibara.consensus.convex import mixture
 from capibara.consensus.convex_shares import SCORE, convex_optimization, mixture_shares, recorded_shares
 from capibara.consensus.evidence import held_out, read_logs

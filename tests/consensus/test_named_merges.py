@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capibara.consensus import dropout, magnitudes, spherical, task_vectors
-from capibara.consensus.ballot import Merge, Place, Survey, chain, open_ballot
+from capibara.consensus.aggregate import chain
+from capibara.consensus.ballot import Merge, Place, Survey, open_ballot
 from capibara.consensus.dropout import dare, della
 from capibara.consensus.model_stock import model_stock, model_stock_whole
 from capibara.consensus.spherical import karcher, rda, slerp

@@ -7,7 +7,8 @@ import pytest
 from rows import as_row, as_stack
 
 from capibara.consensus import merging, robust
-from capibara.consensus.ballot import chain, open_ballot
+from capibara.consensus.aggregate import chain
+from capibara.consensus.ballot import open_ballot
 from capibara.errors import ConfigError
 
 N, F = 11, 2

@@ -11,7 +11,8 @@ from oracle import vote
 from rows import SIZES, Case, as_row, as_stack, cases
 
 from capibara.consensus import merging, voting
-from capibara.consensus.ballot import Merge, chain, open_ballot
+from capibara.consensus.aggregate import chain
+from capibara.consensus.ballot import Merge, open_ballot
 from capibara.errors import ConfigError
 from capibara.training import vocabulary
 

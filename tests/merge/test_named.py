@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from disk_models import random_model, read_model, write_model, write_models
 
-from capibara.consensus import ballot as ballots
+from capibara.consensus.aggregate import merge_ballot
+from capibara.consensus.ballot import open_ballot
 from capibara.errors import ConfigError
 from capibara.merge import passes
 from capibara.merge.merge import merge
@@ -33,7 +34,7 @@ def files(tmp_path_factory):
 
 def in_a_round(recipe, stack, weights):
     key = jax.random.key(recipe.seed)
-    return ballots.merge_rows(ballots.open_ballot(stack, weights), named_merge(recipe), None, None, key)[0]
+    return merge_ballot(open_ballot(stack, weights), named_merge(recipe), None, None, key)[0]
 
 
 @pytest.mark.parametrize("method", NAMED)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capibara.consensus.ballot import Merge, chain, open_ballot
+from capibara.consensus.aggregate import chain
+from capibara.consensus.ballot import Merge, open_ballot
 from capibara.consensus.dropout import dare, della
 from capibara.consensus.model_stock import model_stock
 from capibara.consensus.spherical import karcher, slerp

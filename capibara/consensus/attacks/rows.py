@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from capibara.consensus.attacks.base import Attack, AttackView, honest_deviation, honest_mean, own_rows, replace_rows
-from capibara.consensus.ballot import gram_matrix
+from capibara.consensus.row_algebra import gram_matrix
 from capibara.errors import ConfigError
 from capibara.types import PyTree
 

@@ -1,16 +1,14 @@
-"""The two passes over the data: the Gram matrix and the weighted sum."""
+"""The passes over the data: the Gram matrix, weighted sums, materialised rows and distances."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rows import as_row, as_stack
 
-from capibara.consensus import ballot as ballots
-from capibara.consensus import merging, voting
-from capibara.consensus.ballot import chain, distance_from, gram_matrix, materialise, open_ballot, weighted_sum
+from capibara.consensus import row_algebra
+from capibara.consensus.row_algebra import distance_from, gram_matrix, materialise, weighted_sum
 
 
 @pytest.fixture
@@ -36,13 +34,13 @@ def test_gram_sees_differences_that_float32_products_would_lose():
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 16, 24, 200])
 def test_gram_does_not_depend_on_where_blocks_end(monkeypatch, columns):
-    monkeypatch.setattr(ballots, "BLOCK_COLUMNS", 4)
-    monkeypatch.setattr(ballots, "BLOCKS", 2)
-    ballots._gram.clear_cache()
+    monkeypatch.setattr(row_algebra, "BLOCK_COLUMNS", 4)
+    monkeypatch.setattr(row_algebra, "BLOCKS", 2)
+    row_algebra._gram.clear_cache()
     deltas = np.random.default_rng(columns).normal(size=(3, columns)).astype(np.float32)
     expected = deltas.astype(np.float64) @ deltas.astype(np.float64).T
     np.testing.assert_allclose(gram_matrix({"w": jnp.asarray(deltas)}, np.ones(3)), expected, rtol=1e-12, atol=1e-12)
-    ballots._gram.clear_cache()
+    row_algebra._gram.clear_cache()
 
 
 @pytest.mark.parametrize("rubbish", [np.nan, np.inf, 1e30])
@@ -89,26 +87,3 @@ def test_distances_add_up_over_leaves(deltas):
     one, other = ({"a": d[:4], "b": {"c": d[4:, None]}} for d in (deltas[0], deltas[1]))
     expected = np.linalg.norm(deltas[0].astype(np.float64) - deltas[1])
     assert distance_from(one, other) == pytest.approx(expected, rel=1e-12)
-
-
-def test_the_verdict_holds_norms_and_cosines_of_the_raw_deltas():
-    deltas = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
-    for merge in (merging.weighted_average(), merging.median()):
-        aggregator = chain(voting.byzantine_tolerant(1), merge=merge)
-        delta, verdict, _ = aggregator.apply(open_ballot(as_stack(deltas), np.ones(7)), aggregator.init({}), None)
-        merged, raw = as_row(delta), deltas.astype(np.float64)
-        norms = np.linalg.norm(raw, axis=1)
-        np.testing.assert_allclose(verdict.norms, norms, rtol=1e-12)
-        np.testing.assert_allclose(verdict.cosine, raw @ merged / norms / np.linalg.norm(merged), rtol=1e-4, atol=1e-6)
-
-
-def test_an_aggregator_needs_what_the_hungriest_of_its_rules_needs():
-    assert chain(voting.byzantine_tolerant(2), voting.majority(), merge=merging.uniform()).least == 5
-
-
-def test_leaves_are_float32_and_keep_their_shapes(deltas):
-    aggregator = chain(voting.majority(), merge=merging.median())
-    stack = as_stack(deltas)
-    delta, _, _ = aggregator.apply(open_ballot(stack, np.ones(6)), aggregator.init({}), None)
-    for leaf, many in zip(jax.tree.leaves(delta), jax.tree.leaves(stack), strict=True):
-        assert leaf.dtype == np.float32 and leaf.shape == many.shape[1:]
