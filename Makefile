@@ -25,8 +25,8 @@ fast: .venv/made-test
 	@$(BIN)/python $(PYTEST) -n $(JOBS) --durations=5 --durations-min=2 -m 'not slow and not peers'
 
 slow: .venv/made-test
-	@echo '== slow tests'
-	@$(BIN)/python $(PYTEST) --durations=10 -m 'slow and not peers'
+	@echo '== slow tests ($(JOBS) processes)'
+	@$(BIN)/python $(PYTEST) -n $(JOBS) --dist loadfile --durations=10 -m 'slow and not peers'
 
 check: .venv/made-test .venv/made-check
 	@echo '== ruff'
