@@ -15,18 +15,24 @@ SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 class MergeGroup(click.Group):
-    """`merge A B -o C` is a command, beside `merge inspect` and `merge diff`; a folder of that name is `./inspect`."""
+    """`merge A B -o C` is a command, beside `merge inspect` and `merge diff`; a folder of that name is `./inspect`.
+
+    Attributes:
+      default: Name of the command that needs no name.
+    """
+
+    default = "files"
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Puts the command that merges before arguments that name no other."""
-        return super().parse_args(ctx, args if args and args[0] in ("inspect", "diff") else ["files", *args])
+        return super().parse_args(ctx, args if args and args[0] in ("inspect", "diff") else [self.default, *args])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Hides the name of the command that merges from its own help."""
         name, found, rest = super().resolve_command(ctx, args)
-        return (None if name == "files" else name), found, rest
+        return (None if name == self.default else name), found, rest
 
 
 class FilesCommand(click.Command):

@@ -123,7 +123,7 @@ def test_every_command_and_option_is_explained():
     def missing(command: click.Command, path: str) -> Iterator[str]:
         if isinstance(command, click.Group):
             for name, inner in command.commands.items():
-                yield from missing(inner, f"{path} {name}")
+                yield from missing(inner, path if name == getattr(command, "default", None) else f"{path} {name}")
         elif f"`{path}" not in text:
             yield path
         for parameter in command.params:
@@ -139,8 +139,10 @@ def test_commands_exist(name: str):
         command: click.Command = main
         words = line.split()[1:]
         while words and isinstance(command, click.Group) and not words[0].startswith("-"):
-            assert words[0] in command.commands, f"{line!r}: no command {words[0]!r}"
-            command = command.commands[words.pop(0)]
+            default = getattr(command, "default", None)
+            known = words[0] in command.commands
+            assert known or default, f"{line!r}: no command {words[0]!r}"
+            command = command.commands[words.pop(0) if known else default]
         options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         options |= {"--help", "-h"}
         unknown = [word for word in words if re.match(r"--?[a-z]", word) and word.split("=")[0] not in options]
