@@ -50,7 +50,7 @@ class Soup(NamedTuple):
       params: The soup, or the best ingredient where `fallback` says so.
       weights: float64[M], shares of the ingredients in `params`; NaN where it is no weighted mean (a median).
       reasons: One an ingredient: `used`, or why it is not in.
-      value: The metric of `params` as people know it (a perplexity, an accuracy); None where nothing was evaluated.
+      value: The metric of `params` as people know it (a perplexity, an accuracy); NaN where nothing was evaluated.
       values: Of each ingredient alone; NaN where it was not evaluated.
       trials: Of a greedy soup, in order.
       evaluations: How many models were evaluated.
@@ -61,7 +61,7 @@ class Soup(NamedTuple):
     params: PyTree
     weights: np.ndarray
     reasons: tuple[str, ...]
-    value: float | None = None
+    value: float = math.nan
     values: tuple[float, ...] = ()
     trials: tuple[Trial, ...] = ()
     evaluations: int = 0

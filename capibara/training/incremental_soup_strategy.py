@@ -141,7 +141,7 @@ class IncrementalSoupStrategy:
         """The soup: a model where one is known, otherwise a tree like the checkpoints.
 
         Without validation data, or where the checkpoints do not tell what model they are of and no `objective` was
-        given, nothing is evaluated: `last_result.value` is None then.
+        given, nothing is evaluated: `last_result.value` is NaN then.
 
         Raises:
           ConfigError: If there are no checkpoints, none can be used, they differ in structure, or the method needs
