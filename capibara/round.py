@@ -25,6 +25,7 @@ from capibara.consensus.config import ConsensusConfig
 from capibara.consensus.convex_shares import NAME, SCORE, mixture_shares
 from capibara.consensus.gates import FinalVerdict, GateVerdict, final_gate, gate_differences, judge
 from capibara.consensus.record import LINE_VERSION, node_entries, number, rule_entry, strictest
+from capibara.consensus.row_algebra import gram_matrix
 from capibara.consensus.validate import duplicate_groups, finite_rows
 from capibara.engines.base import Assignment, Cohort, Engine, Kept, Returned, deal, first_kept, join, node_key, renew
 from capibara.errors import QuorumError
@@ -291,22 +292,22 @@ def _vote(
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(digest_rows, returned.stack, num_nodes)
         with watch("validate"):
-            flags.append(("not_finite", ~np.asarray(finite_rows(returned.stack))))
+            finite = np.asarray(finite_rows(returned.stack))
+            flags.append(("not_finite", ~finite))
         if num_nodes > 1:
             with watch("gate"):
                 quality = _gate(plan, state, returned.stack, draw)
                 flags.append(("low_quality", ~np.asarray(quality.passed)))
         with watch("digest"):
             digests = {i: d for i, d in enumerate(hashing.result()) if i not in returned.reasons}
-    reasons = strictest(flags, num_nodes)
     with watch("vote"):
-        ballot = open_ballot(returned.stack, np.array([reason == "backed" for reason in reasons], np.float32))
-        norms = np.sqrt(np.diagonal(ballot.gram))
-        stale = [digests.get(i) in past_digests.get(i, {}) and not norms[i] == 0 for i in range(num_nodes)]
-        if any(stale):
-            flags.append(("stale", np.array(stale)))
-            reasons = strictest(flags, num_nodes)
-            ballot = open_ballot(returned.stack, np.array([reason == "backed" for reason in reasons], np.float32))
+        measured = finite & np.array([i in digests for i in range(num_nodes)])
+        gram = gram_matrix(returned.stack, measured)
+        norms = np.where(measured, np.sqrt(np.diagonal(gram)), np.nan)
+        stale = [digests.get(i) in past_digests.get(i, {}) and norms[i] != 0 for i in range(num_nodes)]
+        flags.append(("stale", np.array(stale)))
+        reasons = strictest(flags, num_nodes)
+        ballot = open_ballot(returned.stack, [reason == "backed" for reason in reasons], gram=gram)
         delta, verdict, rule, extensions = None, None, state.rule, {}
         if reasons.count("backed") >= plan.needed:
             delta, verdict, rule = plan.aggregator.apply(ballot, state.rule, key)

@@ -90,6 +90,36 @@ def test_an_old_delta_is_stale_and_zeros_are_not():
     assert "stale" not in (reasons(lines[0]) + reasons(lines[1]))
 
 
+def test_what_the_gate_keeps_out_is_measured_like_the_others():
+    """A ruined delta has its length on record; sent again it is `stale`, which stands before `low_quality`."""
+    first = {}
+
+    def ruin(node, attempt, delta):
+        ruined = jax.tree.map(lambda x: -1000.0 * x, delta)
+        return first.setdefault("delta", ruined) if node == BAD else delta
+
+    _, _, lines = one_round(ruin, rounds=2, max_retries=0)
+    assert [reasons(line)[BAD] for line in lines] == ["low_quality", "stale"]
+    length = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in first["delta"].values()))
+    assert [line["nodes"][BAD]["norm"] for line in lines] == pytest.approx([length] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(("factor", "reason"), [(-1000.0, "low_quality"), (np.nan, "not_finite")])
+def test_copies_are_recorded_whatever_else_is_wrong_with_them(factor, reason):
+    held = {}
+
+    def ruin(node, attempt, delta):
+        return held.setdefault("delta", jax.tree.map(lambda x: factor * x, delta)) if node < 2 else delta
+
+    _, _, (line,) = one_round(ruin, max_retries=0)
+    assert line["duplicates"] == [[0, 1]] and reasons(line)[:2] == [reason] * 2
+
+
+def test_what_did_not_arrive_has_no_length():
+    _, _, (line,) = one_round(from_bad(raise_error), max_retries=0)
+    assert line["nodes"][BAD]["norm"] is None and line["nodes"][BAD]["digest"] is None
+
+
 def test_a_copy_of_a_neighbour_is_recorded_and_not_punished():
     held = {}
 

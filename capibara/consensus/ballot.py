@@ -167,10 +167,20 @@ class Aggregator(NamedTuple):
     score: str | None = None
 
 
-def open_ballot(stack: PyTree, weights: Any, scores: dict[str, np.ndarray] | None = None) -> Ballot:
+def open_ballot(
+    stack: PyTree, weights: Any, scores: dict[str, np.ndarray] | None = None, *, gram: np.ndarray | None = None
+) -> Ballot:
     """A ballot over raw deltas: identity rows, and the Gram matrix of the rows whose weight is above 0.
 
-    Cost: one pass over the stack.
+    Cost: one pass over the stack, none where the products are given.
+
+    Args:
+      stack: Raw deltas, leaves float32[n, ...].
+      weights: [n], ≥ 0.
+      scores: Named float[n] values for the rules and the merge.
+      gram: float64[n, n], the products of at least the rows whose weight is above 0, where they are known already.
     """
     weights = np.asarray(weights, np.float64)
-    return Ballot(stack, weights, np.eye(len(weights), len(weights) + 1), gram_matrix(stack, weights), scores or {})
+    keep = weights > 0
+    gram = gram_matrix(stack, weights) if gram is None else np.where(keep[:, None] & keep[None, :], gram, 0.0)
+    return Ballot(stack, weights, np.eye(len(weights), len(weights) + 1), gram, scores or {})

@@ -46,7 +46,7 @@ def node_entries(
       strategies: Name of each node's strategy.
       reasons: Reason per node.
       digests: Of the deltas that arrived.
-      norms: float64[n] lengths of the deltas.
+      norms: float64[n] lengths of the deltas; NaN where there is none.
       quality: A `GateVerdict`, or None where there was no gate.
       verdict: A `Verdict`, or None where there was no vote.
     """

@@ -61,9 +61,14 @@ def finite_rows(stack: PyTree) -> jax.Array:
 
 
 def duplicate_groups(digests: dict[int, str], norms: np.ndarray) -> list[list[int]]:
-    """Groups of nodes that sent the same bytes; zero deltas are exempt. They are recorded, not punished."""
+    """Groups of nodes that sent the same bytes; zero deltas are exempt. They are recorded, not punished.
+
+    Args:
+      digests: Of the deltas that arrived, by node.
+      norms: float64[n] lengths of the deltas; NaN where one is not finite.
+    """
     groups: dict[str, list[int]] = {}
     for node, digest in digests.items():
-        if norms[node] > 0:
+        if norms[node] != 0:
             groups.setdefault(digest, []).append(node)
     return [group for group in groups.values() if len(group) > 1]

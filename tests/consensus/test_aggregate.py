@@ -9,6 +9,7 @@ from rows import as_row, as_stack
 from capibara.consensus import merging, voting
 from capibara.consensus.aggregate import chain
 from capibara.consensus.ballot import open_ballot
+from capibara.consensus.row_algebra import gram_matrix
 
 
 def test_the_verdict_holds_norms_and_cosines_of_the_raw_deltas():
@@ -33,3 +34,12 @@ def test_leaves_are_float32_and_keep_their_shapes():
     delta, _, _ = aggregator.apply(open_ballot(stack, np.ones(6)), aggregator.init({}), None)
     for leaf, many in zip(jax.tree.leaves(delta), jax.tree.leaves(stack), strict=True):
         assert leaf.dtype == np.float32 and leaf.shape == many.shape[1:]
+
+
+def test_products_that_are_known_already_open_the_same_ballot():
+    """Bit for bit, also where they hold a row that does not count."""
+    deltas = np.random.default_rng(3).normal(size=(6, 9)).astype(np.float32)
+    deltas[4] *= np.float32(1e20)
+    stack, weights = as_stack(deltas), np.array([1, 1, 0, 1, 0, 1.0])
+    opened = open_ballot(stack, weights, gram=gram_matrix(stack, np.ones(6)))
+    assert opened.gram.tobytes() == open_ballot(stack, weights).gram.tobytes()
