@@ -33,6 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 REFERENCE = "6 honest nodes alone"
 WORST = 3
+"""Attacks that get further seeds: so many that are worst for mixed rows, and so many that are worst for own rows."""
 SETTING = f"""A byte-level decoder of {{parameters:,}} parameters on the State of the Union speeches, split by
 president: {NODES} nodes, f = {FAULTY}, H = {STEPS} AdamW steps of 2 sequences of 64 tokens, {ROUNDS} rounds, the loss
 judged on {TEST_SEQUENCES} held-out sequences. The {FAULTY} liars are the last nodes; they know all honest deltas and
@@ -71,8 +72,11 @@ def cells(done: dict[str, dict[str, Any]]) -> Iterator[Cell]:
     yield from without_liars(0, tuple(RULES))
     for rule in ("vote", "vote, own rows"):
         yield from (Cell(liars, rule, attack) for attack in ATTACKS)
-    losses = {e["attack"]: e["loss"] for e in done.values() if (e["row"], e["rule"], e["seed"]) == (liars, "vote", 0)}
-    worst = sorted(losses, key=lambda attack: -losses[attack])[:WORST]
+    worst: list[str] = []
+    for rule in ("vote", "vote, own rows"):
+        losses = {e["attack"]: e["loss"] for e in done.values() if (e["row"], e["rule"], e["seed"]) == (liars, rule, 0)}
+        ordered = sorted(losses, key=lambda attack: -losses[attack])
+        worst += [attack for attack in ordered[:WORST] if attack not in worst]
     for seed in (1, 2):
         yield from without_liars(seed, ("vote", "vote, own rows", "mean"))
         for rule in ("vote", "vote, own rows"):
