@@ -103,7 +103,7 @@ class Merge(NamedTuple):
 
     Attributes:
       name: For records.
-      weights: `(weights[n]) -> w[n]` with Σw = 1; the merge is Σᵢ wᵢ rowᵢ.
+      weights: `(weights[n]) -> w[n]` with w ≥ 0 and Σw = 1; the merge is Σᵢ wᵢ rowᵢ, which needs no leash.
       leaf: `(rows [m, ...] of the m rows that count, float32) -> [...]`.
       mean: True where equal weights give the plain mean of the rows; only then may mixed rows be merged.
       combine: `(weights[m] with Σ = 1, products[m, m]) -> v[m]`, float64: the merge is Σᵢ vᵢ rowᵢ, with any real v, by

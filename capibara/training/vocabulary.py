@@ -30,17 +30,19 @@ from capibara.types import Objective, Strategy
 
 ENGINES: dict[str, Callable[[], Engine]] = {"inline": InlineEngine, "stacked": StackedEngine}
 
-VOTES: dict[str, Callable[[int, ConsensusConfig, str], Rule]] = {
-    "byzantine_tolerant": lambda f, c, rows: voting.byzantine_tolerant(f, outvote_at=c.outvote_at, merge_rows=rows),
-    "majority": lambda f, c, rows: voting.majority(),
-    "unanimous": lambda f, c, rows: voting.majority(),
-    "geometric_median": lambda f, c, rows: robust.geometric_median(f),
-    "centered_clipping": lambda f, c, rows: robust.centered_clipping(f),
-    "krum": lambda f, c, rows: robust.krum(f),
-    "multi_krum": lambda f, c, rows: robust.multi_krum(f),
-    "trimmed_mean": lambda f, c, rows: robust.coordinates("trimmed_mean", f),
-    "median": lambda f, c, rows: robust.coordinates("median", f),
-    "bulyan": lambda f, c, rows: robust.bulyan(f),
+VOTES: dict[str, Callable[[int, ConsensusConfig], Rule]] = {
+    "byzantine_tolerant": lambda f, c: voting.byzantine_tolerant(
+        f, outvote_at=c.outvote_at, merge_rows=c.merge_rows
+    ),
+    "majority": lambda f, c: voting.majority(),
+    "unanimous": lambda f, c: voting.majority(),
+    "geometric_median": lambda f, c: robust.geometric_median(f),
+    "centered_clipping": lambda f, c: robust.centered_clipping(f),
+    "krum": lambda f, c: robust.krum(f),
+    "multi_krum": lambda f, c: robust.multi_krum(f),
+    "trimmed_mean": lambda f, c: robust.coordinates("trimmed_mean", f),
+    "median": lambda f, c: robust.coordinates("median", f),
+    "bulyan": lambda f, c: robust.bulyan(f),
 }
 
 MERGES: dict[str, Callable[[int], Merge]] = {
@@ -68,18 +70,14 @@ MERGES: dict[str, Callable[[int], Merge]] = {
 
 
 def aggregator(config: ConsensusConfig) -> Aggregator:
-    """The vote and the merge of a configuration, chained.
-
-    The default vote mixes rows only where the plain mean of them is merged; any other merge gets the nodes' own rows.
-    """
+    """The vote and the merge of a configuration, chained."""
     f, vote, merge = config.num_tolerated, config.voting_strategy, config.merge_strategy
     if isinstance(vote, Aggregator):
         return vote
     if vote in ("trimmed_mean", "median", "bulyan"):
         merge = vote
     merge = MERGES[merge](f) if isinstance(merge, str) else merge
-    rows = config.merge_rows if merge.mean else "own"
-    rule = VOTES[vote](f, config, rows) if isinstance(vote, str) else vote
+    rule = VOTES[vote](f, config) if isinstance(vote, str) else vote
     return chain(rule, merge=merge)
 
 
