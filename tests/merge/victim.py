@@ -1,7 +1,7 @@
 """Merges in a process of its own that dies by kill -9 at the i-th point, or counts the points.
 
     python victim.py FOLDER OUT METHOD AT      AT = 0 counts; prints one line of JSON: points and digest
-    python victim.py FOLDER OUT every          dies at every point in turn, merges again, and says what was found
+    python victim.py FOLDER OUT every STEP     dies at every STEP-th point, merges again, and says what was found
 
 Forks of a process without JAX: a death costs milliseconds.
 """
@@ -83,11 +83,11 @@ def main(folder: Path, out: Path, method: str, at: int) -> None:
     print(json.dumps(found), flush=True)
 
 
-def every(folder: Path, out: Path) -> None:
+def every(folder: Path, out: Path, step: int) -> None:
     """One line of JSON for each point: what was left by the death, and by the same command after it."""
     assert forked(folder, out, 0) == 0
     expected, points = contents(out), json.loads(Path(f"{out}.said").read_text())["points"]
-    for at in range(1, points + 1):
+    for at in range(1, points + 1, step):
         shutil.rmtree(out)
         died = os.WIFSIGNALED(forked(folder, out, at))
         part = out.exists() and not expected.items() <= contents(out).items()
@@ -118,7 +118,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 if __name__ == "__main__":
     if sys.argv[3] == "every":
-        every(Path(sys.argv[1]), Path(sys.argv[2]))
+        every(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4]))
         assert "jax" not in sys.modules
     else:
         main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
