@@ -1,70 +1,21 @@
 """The command `capibara`: parses, calls, prints. No decision about training is taken here.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted (what was committed is kept).
-Results go to standard output; progress, and errors in one sentence, to standard error. With `--json` standard output
-carries one JSON object, an error's too. Heavy imports stay inside the commands, so that `capibara --help` answers at
-once.
+What it prints, and what a failure ends with, is `capibara.cli_output`. Heavy imports stay inside the commands, so that
+`capibara --help` answers at once.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from capibara import __version__
 from capibara.cli_merge import add_merge
-from capibara.errors import CapibaraError, ConfigError
-
-
-class Command(click.Group):
-    """A group whose failures are one sentence and one of our exit codes, those that click finds included."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command; an interrupt is ours to tell, without the empty line that click puts before it."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise click.Abort from None
-
-    def main(self, args: Sequence[str] | None = None, *others: Any, **extra: Any) -> NoReturn:
-        """Runs the command line and exits."""
-        given = list(sys.argv[1:] if args is None else args)
-        as_json = "--json" in given
-        try:
-            code = super().main(given, *others, **{**extra, "standalone_mode": False})
-        except (click.Abort, KeyboardInterrupt) as error:
-            _fail(f"interrupted: {str(error) or 'Nothing that was on disk is lost.'}", 130, as_json)
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(2)
-        except click.UsageError as error:
-            path = error.ctx.command_path if error.ctx else "capibara"
-            _fail(f"error: {error.format_message()} See `{path} --help`.", 2, as_json)
-        except ConfigError as error:
-            _fail(f"error: {error}", 2, as_json)
-        except (CapibaraError, click.ClickException) as error:
-            _fail(f"error: {error}", 1, as_json)
-        except ImportError as error:
-            _fail(f"error: {error}. Look for what is missing with `capibara doctor`.", 1, as_json)
-        except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            _fail(f"error: {what}.", 1, as_json)
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-def command(group: click.Group, name: str, **kwargs: Any) -> Callable[[Callable], click.Command]:
-    """Registers a command with `--json`."""
-
-    def register(body: Callable) -> click.Command:
-        option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-        return group.command(name, **kwargs)(option(body))
-
-    return register
+from capibara.cli_output import Command, command, note_to, say
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -111,7 +62,7 @@ def demo(run_dir: Path | None, attack: str, overrides: tuple[str, ...], as_json:
     from capibara.training.session import open_session
 
     changes = ("consensus.keep_deltas=true", _attack(attack), *overrides)
-    with open_session(_load("tiny-cpu", changes), run_dir=run_dir, kind="demo", note=_note(as_json)) as session:
+    with open_session(_load("tiny-cpu", changes), run_dir=run_dir, kind="demo", note=note_to(as_json)) as session:
         _run(session, as_json, sample="The ")
 
 
@@ -127,7 +78,7 @@ def init(path: Path, preset: str, as_json: bool) -> None:
     from capibara.files import write_new
 
     write_new(path, ModularConfig.preset(preset).to_toml())
-    _say(
+    say(
         as_json,
         {"config": str(path)},
         f"Wrote {path}. Put the folder of your text in [data] path, then:\n"
@@ -158,7 +109,7 @@ def train(
     _start_process()
     from capibara.training.session import open_session
 
-    with open_session(loaded, run_dir=run_dir, kind="train", note=_note(as_json)) as session:
+    with open_session(loaded, run_dir=run_dir, kind="train", note=note_to(as_json)) as session:
         _run(session, as_json)
 
 
@@ -173,7 +124,7 @@ def resume(run: Path, as_json: bool) -> None:
     _start_process()
     from capibara.training.session import reopen_session
 
-    with reopen_session(run, note=_note(as_json)) as session:
+    with reopen_session(run, note=note_to(as_json)) as session:
         _run(session, as_json)
 
 
@@ -192,7 +143,7 @@ def verify(run: Path, expect: str | None, no_replay: bool, as_json: bool) -> Non
     from capibara.training.replay import verify_run
 
     report = verify_run(run, expect=expect, replay=not no_replay)
-    _say(as_json, report.to_json(), verify_text(report))
+    say(as_json, report.to_json(), verify_text(report))
     sys.exit(0 if report.ok else 1)
 
 
@@ -223,7 +174,7 @@ def generate(
     text = load_model(run).generate(
         prompt, max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    _say(as_json, {"prompt": prompt, "text": text}, f"{prompt}{text}")
+    say(as_json, {"prompt": prompt, "text": text}, f"{prompt}{text}")
 
 
 @command(runs, "ls")
@@ -233,7 +184,7 @@ def runs_ls(folder: Path, as_json: bool) -> None:
     from capibara.run.report import describe_runs, runs_text
 
     found = describe_runs(folder)
-    _say(as_json, {"runs": found}, runs_text(found, folder))
+    say(as_json, {"runs": found}, runs_text(found, folder))
 
 
 @command(runs, "show")
@@ -243,7 +194,7 @@ def runs_show(run: Path, as_json: bool) -> None:
     from capibara.run.report import describe_run, run_text
 
     description = describe_run(run)
-    _say(as_json, description, run_text(description))
+    say(as_json, description, run_text(description))
 
 
 @command(config, "check")
@@ -260,7 +211,7 @@ def config_check(config_path: str, overrides: tuple[str, ...], print_config: boo
         _print_config(loaded, as_json)
     else:
         told = loaded.consensus.describe()
-        _say(as_json, {"ok": True, "file": config_path, "consensus": told}, f"{config_path}: good. {told}")
+        say(as_json, {"ok": True, "file": config_path, "consensus": told}, f"{config_path}: good. {told}")
 
 
 @command(main, "doctor")
@@ -276,11 +227,11 @@ def doctor(as_json: bool) -> None:
     prepare_process()
     with interrupts_wait():
         findings = examine()
-    _say(as_json, findings, doctor_text(findings))
+    say(as_json, findings, doctor_text(findings))
     sys.exit(1 if findings["problem"] else 0)
 
 
-add_merge(main, command, lambda as_json, payload, text: _say(as_json, payload, text))
+add_merge(main)
 
 
 def _start_process() -> None:
@@ -306,7 +257,7 @@ def _load(name: str, overrides: tuple[str, ...]) -> Any:
 def _print_config(loaded: Any, as_json: bool) -> None:
     from capibara.core.toml import render_with_origins
 
-    _say(as_json, {"config": loaded.model_dump(mode="json"), "origins": loaded.origins}, render_with_origins(loaded))
+    say(as_json, {"config": loaded.model_dump(mode="json"), "origins": loaded.origins}, render_with_origins(loaded))
 
 
 def _run(session: Any, as_json: bool, sample: str | None = None) -> None:
@@ -320,36 +271,4 @@ def _run(session: Any, as_json: bool, sample: str | None = None) -> None:
         finished = session.save()
         told = f"Saved after round {finished} of {session.num_rounds}." if finished else "No round was finished yet."
         raise click.Abort(f"{told} Go on with: capibara resume {session.run.path}") from None
-    _say(as_json, results.to_json(), "" if as_json else result_text(results))
-
-
-ASCII = str.maketrans({"─": "-", "–": "-", "→": "->", "±": "+-", "…": "...", "θ": "theta", "Δ": "delta", "≥": ">="})
-"""For terminals that know no others; whatever else they do not know becomes a question mark."""
-
-
-def _echo(text: str, err: bool = False) -> None:
-    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        text = text.translate(ASCII).encode(encoding, errors="replace").decode(encoding)
-    click.echo(text, err=err)
-
-
-def _note(as_json: bool) -> Callable[[str], None] | None:
-    return None if as_json else lambda text: click.echo(text, err=True)
-
-
-def _say(as_json: bool, payload: dict[str, Any], text: str) -> None:
-    from capibara.run.metrics import plain
-
-    _echo(json.dumps(plain(payload), indent=2, default=str, allow_nan=False) if as_json else text)
-
-
-def _fail(message: str, code: int, as_json: bool) -> NoReturn:
-    if as_json:
-        _echo(json.dumps({"ok": False, "error": message.removeprefix("error: "), "exit_code": code}))
-    else:
-        after_the_key = "\n" if code == 130 and sys.stderr.isatty() else ""
-        _echo(after_the_key + message, err=True)
-    sys.exit(code)
+    say(as_json, results.to_json(), "" if as_json else result_text(results))

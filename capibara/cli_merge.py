@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from capibara.cli_output import command, say
 from capibara.errors import ConfigError
 
 SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -49,8 +49,8 @@ class FilesCommand(click.Command):
                 formatter.write_dl(rows)
 
 
-def add_merge(main: click.Group, command: Callable[..., Any], say: Callable[[bool, dict[str, Any], str], None]) -> None:
-    """Adds the commands to `capibara`; `command` registers one with `--json`, `say` prints a result."""
+def add_merge(main: click.Group) -> None:
+    """Adds the commands to `capibara`."""
 
     @main.group("merge", cls=MergeGroup)
     def group() -> None:

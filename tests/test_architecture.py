@@ -25,6 +25,7 @@ LAYERS = (
     ("engines", "data", "run", "monitor", "tpu", "hf"),
     ("merge",),
     ("training",),
+    ("cli_output",),
     ("cli_merge",),
     ("cli",),
 )
@@ -39,6 +40,7 @@ LIGHT = (
     "capibara.runtime",
     "capibara.cli",
     "capibara.cli_merge",
+    "capibara.cli_output",
     "capibara.consensus.vocabulary",
     "capibara.consensus.section",
     "capibara.consensus.config",
@@ -185,7 +187,7 @@ def test_light_modules_and_help_load_no_jax():
 @pytest.mark.parametrize(
     ("what", "names", "allowed"),
     [
-        ("writes to standard output", ("print", "sys.stdout", "click.echo"), ("cli",)),
+        ("writes to standard output", ("print", "sys.stdout", "click.echo"), ("cli_output",)),
         ("opens sockets", ("socket", "http.server", "asyncio"), ("monitor", "engines")),
     ],
 )
