@@ -25,7 +25,7 @@ from capibara.consensus.config import ConsensusConfig
 from capibara.consensus.convex_shares import NAME, SCORE, mixture_shares
 from capibara.consensus.gates import FinalVerdict, GateVerdict, final_gate, gate_differences, judge
 from capibara.consensus.record import LINE_VERSION, node_entries, number, rule_entry, strictest
-from capibara.consensus.row_algebra import gram_matrix
+from capibara.consensus.row_algebra import cosine, gram_matrix
 from capibara.consensus.validate import duplicate_groups, finite_rows
 from capibara.engines.base import Assignment, Cohort, Engine, Kept, Returned, deal, first_kept, join, node_key, renew
 from capibara.errors import QuorumError
@@ -366,7 +366,7 @@ def _decide(
             "delta_digest": digest_tree(attempt.delta)[0],
             "merged_digest": digest_tree(candidate)[0],
             "final_gate": None if final is None else _final_entry(final),
-            "drift": _cosine(attempt.delta, state.merged) if state.round else None,
+            "drift": number(cosine(attempt.delta, state.merged)),
         }
     if final is not None and not final.passed:
         line["outcome"] = "refused"
@@ -415,8 +415,3 @@ def _final_entry(final: FinalVerdict) -> dict[str, Any]:
         "parent": {"mean": number(final.parent_mean), "se": number(final.parent_se)},
         "anchor": {"mean": number(final.anchor_mean), "se": number(final.anchor_se)},
     }
-
-
-def _cosine(a: PyTree, b: PyTree) -> float | None:
-    ab, aa, bb = (float(np.asarray(optax.tree.vdot(x, y))) for x, y in ((a, b), (a, a), (b, b)))
-    return number(ab / np.sqrt(aa * bb)) if aa > 0 and bb > 0 else None

@@ -81,6 +81,14 @@ def cosines(stack: PyTree, delta: PyTree, v: np.ndarray | None, gram: np.ndarray
     return np.divide(products, scale, out=np.full(len(norms), np.nan), where=scale > 0).clip(-1, 1)
 
 
+def cosine(a: PyTree, b: PyTree) -> float:
+    """cos(a, b) over all leaves, sums in float64; NaN where either is zero. Cost: one pass over both."""
+    with jax.enable_x64(True):
+        product, a_squared, b_squared = map(float, _inner_products(a, b))
+    length = np.sqrt(a_squared) * np.sqrt(b_squared)
+    return float(np.clip(product / length, -1, 1)) if length > 0 else float("nan")
+
+
 def draw_to(centre: PyTree, delta: PyTree, factor: float) -> PyTree:
     """c + factor · (Δ − c), leaf by leaf in float32."""
     return _drawn(delta, centre, np.float32(factor))
@@ -163,6 +171,17 @@ def _products(stack: PyTree, delta: PyTree, keep: jax.Array) -> tuple[jax.Array,
         found = _over_blocks(add, found, flat.shape[0])
         squared = squared + jnp.sum(jnp.square(flat.astype(jnp.float64)))
     return found, squared
+
+
+@jax.jit
+def _inner_products(a: PyTree, b: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """⟨a, b⟩, ⟨a, a⟩ and ⟨b, b⟩."""
+
+    def over_leaves(x: PyTree, y: PyTree) -> jax.Array:
+        parts = jax.tree.map(lambda u, v: u.astype(jnp.float64).ravel() @ v.astype(jnp.float64).ravel(), x, y)
+        return jnp.asarray(sum(jax.tree.leaves(parts)))
+
+    return over_leaves(a, b), over_leaves(a, a), over_leaves(b, b)
 
 
 @jax.jit

@@ -8,7 +8,7 @@ import pytest
 from rows import as_row, as_stack
 
 from capibara.consensus import row_algebra
-from capibara.consensus.row_algebra import distance_from, gram_matrix, materialise, weighted_sum
+from capibara.consensus.row_algebra import cosine, distance_from, gram_matrix, materialise, weighted_sum
 
 
 @pytest.fixture
@@ -81,6 +81,14 @@ def test_untouched_rows_are_materialised_bit_for_bit(deltas, absent):
     keep = ~np.isin(np.arange(6), absent)
     found = materialise(np.eye(6, 7), keep, jnp.asarray(deltas))
     assert np.asarray(found).tobytes() == deltas[keep].tobytes()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_cosines_add_up_over_leaves_at_any_length(deltas, scale):
+    one, other = ({"a": d[:4], "b": {"c": d[4:, None]}} for d in deltas[:2] * np.float32(scale))
+    a, b = deltas[:2].astype(np.float64)
+    assert cosine(one, other) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-6)
+    assert np.isnan(cosine(one, {"a": np.zeros(4, np.float32), "b": {"c": np.zeros((5, 1), np.float32)}}))
 
 
 def test_distances_add_up_over_leaves(deltas):
