@@ -63,7 +63,8 @@ def main() -> None:
 def run(folder: Path, count: int) -> tuple[list[dict[str, float]], Any, Any]:
     """Seconds by phase of each of `count` rounds, the last round's deltas, and the consensus section."""
     from capibara.core.config import ModularConfig
-    from capibara.round import first_state, run_round
+    from capibara.round import run_round
+    from capibara.round_state import first_state
     from capibara.run.commit import commit
     from capibara.run.rounds import on_disk
     from capibara.training.session import open_session

@@ -143,7 +143,8 @@ class Bench:
 
         from capibara.consensus.gates import sequence_sums
         from capibara.core.model import ModularCapibaraModel, parameters
-        from capibara.round import first_state, run_round
+        from capibara.round import run_round
+        from capibara.round_state import first_state
 
         began = time.monotonic()
         plan = self.plan(cell)

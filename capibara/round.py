@@ -2,8 +2,8 @@
 
     assign → train → validate → digest → gate → vote → quorum → merge → leash → final gate
 
-`run_round` takes a plan (what never changes) and a state (everything that does) and returns the next state with the
-round's record. It touches no disk: committing is `capibara.run.commit`. Reference: docs/protocol.md.
+`run_round` takes a plan and a state (`capibara.round_state`) and returns the next state with the round's record. It
+touches no disk: committing is `capibara.run.commit`. Reference: docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -18,111 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from capibara.consensus.attacks.base import Attack, AttackView
-from capibara.consensus.ballot import Aggregator, Verdict, open_ballot
+from capibara.consensus.attacks.base import AttackView
+from capibara.consensus.ballot import Verdict, open_ballot
 from capibara.consensus.certificate import digest_rows, digest_tree
-from capibara.consensus.config import ConsensusConfig
 from capibara.consensus.convex_shares import NAME, SCORE, mixture_shares
 from capibara.consensus.gates import FinalVerdict, GateVerdict, final_gate, gate_differences, judge
 from capibara.consensus.record import LINE_VERSION, node_entries, number, rule_entry, strictest
 from capibara.consensus.row_algebra import cosine, gram_matrix
 from capibara.consensus.validate import duplicate_groups, finite_rows
-from capibara.engines.base import Assignment, Cohort, Engine, Kept, Returned, deal, first_kept, join, node_key, renew
+from capibara.engines.base import Assignment, Returned, join, node_key, renew
 from capibara.errors import QuorumError
-from capibara.types import Batch, Objective, PyTree, Source, Strategy
-
-
-class RoundPlan(NamedTuple):
-    """What every round of a run shares; built once from the configuration.
-
-    Attributes:
-      config: The consensus section.
-      objective: Losses for training and for the gates.
-      strategies: Dealt to the nodes round-robin.
-      engine: Where the nodes run.
-      aggregator: Vote, merge and leash as one `init, apply` pair.
-      outer: The outer optimiser, applied to −Δ.
-      source: Training batches and held-out sequences.
-      batch_size: Sequences a step.
-      key: The run's typed PRNG key.
-      config_digest: Goes into every certificate.
-      attack: A simulated attack, or None.
-      vocab_size: For attacks on the data.
-      clock: Seconds, monotonic; only for `timing`.
-    """
-
-    config: ConsensusConfig
-    objective: Objective
-    strategies: tuple[Strategy, ...]
-    engine: Engine
-    aggregator: Aggregator
-    outer: optax.GradientTransformation
-    source: Source
-    batch_size: int
-    key: Any
-    config_digest: str
-    attack: Attack | None
-    vocab_size: int
-    clock: Callable[[], float]
-
-    @property
-    def cohorts(self) -> tuple[Cohort, ...]:
-        """The nodes by strategy."""
-        return deal(self.strategies, self.config.num_nodes)
-
-    @property
-    def needed(self) -> int:
-        """Nodes that must back a commit: the configuration's quorum, or more where the vote needs more rows."""
-        return max(self.config.needed, self.aggregator.least)
-
-    @property
-    def hostile(self) -> tuple[int, ...]:
-        """The nodes that the simulated attack controls."""
-        return self.config.attack_ids if self.attack else ()
-
-
-class RoundState(NamedTuple):
-    """Everything that changes from round to round; checkpointed whole.
-
-    Attributes:
-      round: Rounds finished, committed or refused.
-      params: θ.
-      anchor: The best certified parameters so far; θ₀ at first.
-      kept: What the nodes keep, one entry per cohort.
-      outer: State of the outer optimiser.
-      merged: The last merged Δ, zeros at first.
-      rule: State of the aggregator.
-      attack: State of the simulated attack.
-      refusals: Refused rounds in a row.
-      anchor_age: Rounds since the anchor last improved.
-    """
-
-    round: int
-    params: PyTree
-    anchor: PyTree
-    kept: tuple[Kept, ...]
-    outer: PyTree
-    merged: PyTree
-    rule: PyTree
-    attack: PyTree
-    refusals: int
-    anchor_age: int
-
-
-class RoundRecord(NamedTuple):
-    """What a round leaves besides its state.
-
-    Attributes:
-      line: The certificate line without `previous` and `hash`, `timing` and `environment` included.
-      stack: The deltas as they entered validation, leaves [n, ...].
-      delta: The merged delta; None where there was no quorum.
-      losses: float32[n, H] training losses.
-    """
-
-    line: dict[str, Any]
-    stack: PyTree
-    delta: PyTree | None
-    losses: np.ndarray
+from capibara.round_state import RoundPlan, RoundRecord, RoundState
+from capibara.types import Batch, PyTree
 
 
 class Attempt(NamedTuple):
@@ -157,15 +64,6 @@ class Stopwatch:
         began = self.clock()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock() - began
-
-
-def first_state(plan: RoundPlan, params: PyTree) -> RoundState:
-    """The state before the first round: θ₀ is start and anchor, nothing has been merged."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    attack = plan.attack.init(zeros, plan.hostile) if plan.attack and plan.attack.init else ()
-    kept = first_kept(plan.cohorts, params)
-    outer, rule = plan.outer.init(params), plan.aggregator.init(params)
-    return RoundState(0, params, params, kept, outer, zeros, rule, attack, refusals=0, anchor_age=0)
 
 
 def run_round(

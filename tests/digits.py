@@ -26,7 +26,8 @@ import optax
 from capibara.consensus.config import ConsensusConfig
 from capibara.engines.base import Engine
 from capibara.errors import DataError
-from capibara.round import RoundPlan, RoundState, first_state, run_round
+from capibara.round import run_round
+from capibara.round_state import RoundPlan, RoundState, first_state
 from capibara.strategies.plain import plain
 from capibara.training import vocabulary
 from capibara.types import Batch, Objective, PyTree, Strategy

@@ -21,6 +21,7 @@ LAYERS = (
     ("core",),
     ("strategies",),
     ("loop", "engines.base"),
+    ("round_state",),
     ("round",),
     ("engines", "data", "run", "monitor", "tpu", "hf"),
     ("merge",),

@@ -12,7 +12,8 @@ from capibara.consensus.ballot import Merge
 from capibara.consensus.certificate import digest_tree
 from capibara.engines.inline import InlineEngine
 from capibara.loop import local_steps
-from capibara.round import first_state, quorum_error, run_round
+from capibara.round import quorum_error, run_round
+from capibara.round_state import first_state
 
 BAD = 2
 

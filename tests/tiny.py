@@ -17,7 +17,7 @@ import optax
 
 from capibara.consensus.config import ConsensusConfig
 from capibara.engines.base import Engine
-from capibara.round import RoundPlan
+from capibara.round_state import RoundPlan
 from capibara.strategies.plain import plain
 from capibara.training import vocabulary
 from capibara.types import Batch, Objective, PyTree

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from capibara.consensus.certificate import line_hash, seal
 from capibara.errors import RunError
-from capibara.round import RoundPlan, RoundRecord, RoundState, first_state, quorum_error, run_round
+from capibara.round import quorum_error, run_round
+from capibara.round_state import RoundPlan, RoundRecord, RoundState, first_state
 from capibara.run.checkpoint import newest_intact, prune, save_checkpoint
 from capibara.run.commit import RoundOnDisk, commit
 from capibara.run.directory import CERTIFICATES, Run

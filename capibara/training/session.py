@@ -26,7 +26,7 @@ from capibara.core.tokenizer import load_tokenizer
 from capibara.data.batches import TextSource, documents_of, open_source
 from capibara.data.prepare import Note
 from capibara.errors import CertificateError, RunError
-from capibara.round import RoundPlan, RoundState
+from capibara.round_state import RoundPlan, RoundState
 from capibara.run.checkpoint import checkpoints, load_checkpoint, newest_intact
 from capibara.run.directory import SOLO, Run, check_format
 from capibara.run.metrics import MetricsWriter

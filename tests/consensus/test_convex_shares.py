@@ -24,7 +24,8 @@ from capibara.consensus.evidence import held_out, read_logs
 from capibara.consensus.simplex import kl_penalty
 from capibara.core.config import ModularConfig
 from capibara.errors import CertificateError, ConfigError
-from capibara.round import first_state, run_round
+from capibara.round import run_round
+from capibara.round_state import first_state
 from capibara.training.replay import vote_again
 
 LANGUAGE = bigram.chain(0)

@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from capibara.engines.inline import InlineEngine
-from capibara.round import first_state, run_round
+from capibara.round import run_round
+from capibara.round_state import first_state
 from capibara.training.replay import vote_again
 
 

@@ -14,7 +14,7 @@ from synthetic_run import CONFIG, Unsynced
 from capibara.consensus.ballot import open_ballot
 from capibara.engines.inline import InlineEngine
 from capibara.errors import QuorumError, RunError
-from capibara.round import RoundPlan
+from capibara.round_state import RoundPlan
 from capibara.run.checkpoint import checkpoints, load_checkpoint
 from capibara.run.directory import CERTIFICATES, Run
 from capibara.run.rounds import rounds

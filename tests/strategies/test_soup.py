@@ -11,7 +11,8 @@ import tiny
 from capibara.consensus.config import ConsensusConfig
 from capibara.core.config import TrainingConfig
 from capibara.errors import ConfigError
-from capibara.round import first_state, run_round
+from capibara.round import run_round
+from capibara.round_state import first_state
 from capibara.strategies.plain import plain
 from capibara.strategies.soup import averaged
 from capibara.training import vocabulary
