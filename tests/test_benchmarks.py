@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import types
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-LONG = {"quality"}
+LONG = {"quality", "merge_quality"}
 """Scripts of hours, run on their own."""
 
 
@@ -66,3 +67,68 @@ def test_running_one_keeps_the_other_rows(runner, monkeypatch: pytest.MonkeyPatc
 )
 def test_numbers_have_three_digits(runner, value: float, text: str):
     assert runner._number(value) == text
+
+
+@pytest.fixture
+def merges(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """`benchmarks/merge_quality.py`."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("merge_quality")
+
+
+def test_what_others_are_compared_with_is_computed_before_them(merges):
+    cells = list(merges.cells(merges.Setting()))
+    assert len({cell.name for cell in cells}) == len(cells)
+    for place, cell in enumerate(cells):
+        before = {(c.family, c.row, c.seed) for c in cells[:place] if c.part == cell.part}
+        bases = [base for base in merges.BASES[cell.part] if cell.row not in merges.BASES[cell.part]]
+        assert before >= {(cell.family, base, cell.seed) for base in bases}
+
+
+def test_the_page_on_merges_counts_seeds_whose_interval_clears_zero(merges, tmp_path: Path):
+    def line(row: str, seed: int, loss: float, **against: list[float]) -> dict:
+        return {"part": "soup", "family": "sweep", "row": row, "seed": seed, "loss": loss, "seconds": 1.0,
+                "against": {name.replace("_", " "): pair for name, pair in against.items()}, "name": f"{row}{seed}",
+                "parameters": 7, "setting": merges.Setting().digest}  # fmt: skip
+
+    entries = [
+        *(line("best single", seed, 2.0) for seed in (0, 1)),
+        line("greedy, sorted", 0, 1.9, best_single=[-0.1, 0.03]),
+        line("greedy, sorted", 1, 2.0, best_single=[0.02, 0.04]),
+        {**line("greedy, sorted", 2, 9.0), "setting": "another"},
+    ]
+    results, page = tmp_path / "lines.jsonl", tmp_path / "page.md"
+    results.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    merges.table(merges.Setting(), results, page)
+    text = page.read_text()
+    # mean (−0.1 + 0.02)/2, standard error √(0.03² + 0.04²)/2
+    assert "| greedy, sorted | 2 | 1.9500 | -0.0400 ± 0.0250 | 1 | 0 | – | 1 |" in text
+    assert text.count("Not run.") == 5
+
+
+@pytest.mark.slow
+def test_a_merge_benchmark_that_stopped_goes_on(merges, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What is done is not done again, but a base whose losses are gone is; on one run at constant rate."""
+    wanted = [
+        merges.Cell("soup", "trajectory", "best single", 0), merges.Cell("soup", "trajectory", "uniform", 0),
+        merges.Cell("number", "trajectory", "1 to all", 0),
+    ]  # fmt: skip
+    monkeypatch.setattr(merges, "cells", lambda setting: iter(wanted))
+    results = tmp_path / "lines.jsonl"
+
+    def lines() -> list[dict]:
+        merges.work(merges.SMALL, tmp_path, results)
+        return [json.loads(line) for line in results.read_text().splitlines()]
+
+    first = lines()
+    curve = first[2]["curve"]
+    assert [point["k"] for point in curve] == [1, 2, 3, 4]
+    assert curve[3]["uniform"] == pytest.approx(first[1]["loss"], abs=1e-6)
+    assert curve[0]["certified"] == curve[0]["ensemble"] == curve[0]["uniform"]
+    models = list(tmp_path.rglob("constant-*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in models]
+    assert len(models) == 4 and lines() == first
+    next(tmp_path.rglob("soup-trajectory-best_single-0.npy")).unlink()
+    again = lines()
+    assert len(again) == 4 and again[3]["loss"] == first[0]["loss"]
+    assert [path.stat().st_mtime_ns for path in models] == times
