@@ -26,6 +26,9 @@ from capibara.types import PyTree
 TREES = ("params", "anchor", "kept", "outer", "merged", "rule", "attack")
 NUMBERS = ("round", "refusals", "anchor_age")
 
+ANCHOR_ALARM = 50
+"""Rounds without a better anchor after which a run says so: no gate sees an attack that only freezes progress."""
+
 
 class RoundEvent(NamedTuple):
     """What `rounds` yields after every round that is on disk."""
@@ -55,7 +58,8 @@ def rounds(
       num_rounds: Rounds of the whole run, those already on disk included.
       environment: Machine and versions for each line, outside the hash.
       on_phase: Called with each phase's name.
-      on_note: Called with one sentence for anything a user should know (a damaged checkpoint, a repeated round).
+      on_note: Called with one sentence for anything a user should know (a damaged checkpoint, a repeated round, an
+        anchor that has long not improved).
 
     Yields:
       One event per round, after its line is on disk. Rounds repeated from an older checkpoint come with `repeated`.
@@ -86,6 +90,11 @@ def rounds(
         line = done_now.line
         if line["outcome"] == "no_quorum":
             raise quorum_error(line)
+        if state.anchor_age and state.anchor_age % ANCHOR_ALARM == 0:
+            on_note(
+                f"The held-out loss has not improved on the anchor's for {state.anchor_age} rounds: training has "
+                f"converged, the learning rate is too high, or someone holds it back. {CERTIFICATES} has the drift."
+            )
         yield RoundEvent(state, record, line, repeated=False)
         if state.refusals >= plan.config.max_refusals:
             final = line["final_gate"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
 import tiny
 from synthetic_run import CONFIG, Unsynced
@@ -164,10 +165,16 @@ def test_a_round_without_quorum_is_on_record_and_the_run_goes_on_with_another_dr
     assert check(tmp_path / "run").ok
 
 
+def test_a_run_says_that_the_anchor_has_long_not_improved(tmp_path, monkeypatch):
+    """An alarm, not an error: two steps that change nothing are no reason to stop."""
+    monkeypatch.setattr("capibara.run.rounds.ANCHOR_ALARM", 2)
+    still = plan(outer=optax.sgd(0.0), attack=None)
+    _, notes = go(tmp_path / "run", 3, still)
+    assert [note for note in notes if "anchor" in note] == [note for note in notes if "for 2 rounds" in note] != []
+
+
 def test_refused_rounds_are_on_record_with_the_delta_that_was_refused(tmp_path):
     """An outer step 400 times too long worsens the model, which the final gate sees."""
-    import optax
-
     far = plan(outer=optax.sgd(400.0), max_refusals=2)
     with pytest.raises(RunError, match="2 rounds in a row were refused"):
         go(tmp_path / "run", 3, far)
