@@ -61,7 +61,9 @@ def generate(
             "Shorten one."
         )
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ConfigError("temperature is 0 or more, top_k 1 or more, top_p in (0, 1].")
+        raise ConfigError(
+            f"temperature is 0 or more, top_k 1 or more, top_p in (0, 1]; got {temperature}, {top_k} and {top_p}."
+        )
     graph, state = nnx.split(model)
     size = -(-(ids.shape[1] + max_new_tokens) // 64) * 64
     padded = np.zeros((ids.shape[0], -(-ids.shape[1] // 16) * 16), np.int32)
