@@ -95,7 +95,7 @@ def run_round(
         with watch("train"):
             returned = _train(plan, state, draw, number_of, ask)
         held = returned if held is None else join(plan.cohorts, held, returned, ask)
-        attempt = _vote(plan, state, held, draw, past_digests or {}, watch)
+        attempt = _attempt(plan, state, held, draw, past_digests or {}, watch)
         if attempt.backing >= plan.needed or number_of >= config.max_retries:
             break
         number_of += 1
@@ -166,7 +166,7 @@ def _train(plan: RoundPlan, state: RoundState, draw: int, attempt: int, ask: tup
     return jax.block_until_ready(plan.engine.map(plan.cohorts, work))
 
 
-def _vote(
+def _attempt(
     plan: RoundPlan,
     state: RoundState,
     returned: Returned,
@@ -174,6 +174,7 @@ def _vote(
     past_digests: Mapping[int, Mapping[str, int]],
     watch: Stopwatch,
 ) -> Attempt:
+    """What the nodes returned, through validation, digests, gate and vote."""
     num_nodes = plan.config.num_nodes
     key = node_key(plan.key, state.round, draw, num_nodes)
     attack = state.attack
