@@ -224,8 +224,7 @@ def _attempt(
 
 def _gate(plan: RoundPlan, state: RoundState, stack: PyTree, draw: int) -> GateVerdict:
     config = plan.config
-    count = config.verification_rounds * config.gate_sequences
-    batch = plan.source.held_out("gate", round=state.round, draw=draw, count=count)
+    batch = plan.source.held_out("gate", round=state.round, draw=draw, count=config.held_out_count)
     differences, tokens = gate_differences(plan.objective, state.params, stack, batch, config.gate_alpha)
     return judge(differences, tokens, config.verification_rounds, config.gate_limit)
 
@@ -234,8 +233,7 @@ def _shares(
     plan: RoundPlan, state: RoundState, stack: PyTree, backing: np.ndarray, draw: int
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     """Shares of the rows that back the vote, found on a split that no gate uses."""
-    count = plan.config.verification_rounds * plan.config.gate_sequences
-    batch = plan.source.held_out("merge", round=state.round, draw=draw, count=count)
+    batch = plan.source.held_out("merge", round=state.round, draw=draw, count=plan.config.held_out_count)
     return mixture_shares(plan.objective, state.params, stack, backing, batch)
 
 
@@ -254,8 +252,7 @@ def _decide(
     final = None
     if config.num_nodes > 1:
         with watch("final_gate"):
-            count = config.verification_rounds * config.gate_sequences
-            batch = plan.source.held_out("final_gate", round=state.round, draw=draw, count=count)
+            batch = plan.source.held_out("final_gate", round=state.round, draw=draw, count=config.held_out_count)
             final = final_gate(plan.objective, state.params, state.anchor, candidate, batch, config.gate_limit)
     with watch("digest"):
         line |= {

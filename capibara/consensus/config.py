@@ -78,9 +78,9 @@ class ConsensusConfig(Section):
         self._check_faults()
         self._check_rule()
         self._check_split()
-        if self.verification_rounds * self.gate_sequences < 16 and self.num_nodes > 1:
+        if self.held_out_count < 16 and self.num_nodes > 1:
             raise ValueError(
-                f"verification_rounds · gate_sequences = {self.verification_rounds * self.gate_sequences}; the gate "
+                f"verification_rounds · gate_sequences = {self.held_out_count}; the gate "
                 f"needs at least 16 sequences. Set gate_sequences = {math.ceil(16 / self.verification_rounds)}."
             )
         return self
@@ -170,6 +170,11 @@ class ConsensusConfig(Section):
             return third
         needed = _needed(self.consensus_threshold, self.num_nodes)
         return min(third, self.num_nodes - needed, (needed - 1) // 2)
+
+    @property
+    def held_out_count(self) -> int:
+        """K·S, the held-out sequences that a gate looks at."""
+        return self.verification_rounds * self.gate_sequences
 
     @property
     def gate_alpha(self) -> float:

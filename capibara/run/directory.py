@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,12 @@ class Run:
             run = cls(path, files, _take_lock(path))
         except OSError as error:
             raise _not_writable(path, error) from error
-        try:
+        with _closed_on_failure(run):
             _refuse_if_used(path)  # again, now that nobody else can be making it
             files.write_atomic(path / "config.toml", config_toml.encode())
             files.write_atomic(path / CERTIFICATES, b"")
             files.write_atomic(path / FORMAT, json.dumps({"format_version": FORMAT_VERSION}).encode() + b"\n")
             files.fsync_folder(path.parent)
-        except OSError as error:
-            run.close()
-            raise _not_writable(path, error) from error
-        except BaseException:
-            run.close()
-            raise
         return run
 
     @classmethod
@@ -85,18 +80,12 @@ class Run:
             run = cls(path, files, _take_lock(path))
         except OSError as error:
             raise _not_writable(path, error) from error
-        try:
+        with _closed_on_failure(run):
             run.lines, torn_at = read_lines(path)
             if torn_at is not None:
                 files.truncate(path / CERTIFICATES, torn_at)
                 run.notes.append(f"The last line of {CERTIFICATES} had not been written whole and was removed.")
             run._discard_unlisted()
-        except OSError as error:
-            run.close()
-            raise _not_writable(path, error) from error
-        except BaseException:
-            run.close()
-            raise
         return run
 
     @property
@@ -223,6 +212,19 @@ def _refuse_if_used(path: Path) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+@contextmanager
+def _closed_on_failure(run: Run) -> Iterator[None]:
+    """Releases a run that cannot be made or opened; what the disk refused becomes our own error."""
+    try:
+        yield
+    except OSError as error:
+        run.close()
+        raise _not_writable(run.path, error) from error
+    except BaseException:
+        run.close()
+        raise
 
 
 def _not_writable(path: Path, error: OSError) -> RunError:
