@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from capibara.consensus.gates import paired
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -24,13 +26,9 @@ class Judgement:
     tokens: np.ndarray
 
     def against(self, before: Judgement) -> tuple[float, float]:
-        """Paired mean difference in nats a token, and its standard error (ddof 1, delta method for the ratio)."""
-        difference = self.sums - before.sums
-        mean = difference.sum() / self.tokens.sum()
-        residual = difference - mean * self.tokens
-        count = len(residual)
-        se = np.sqrt((residual**2).sum() * count / max(count - 1, 1)) / self.tokens.sum()
-        return float(mean), float(se)
+        """Paired mean difference in nats a token, and its standard error, as the gates find them."""
+        mean, se = paired((self.sums - before.sums)[None], self.tokens)
+        return float(mean[0]), float(se[0])
 
     def told(self, before: Judgement) -> str:
         """The change since `before` in words, and whether it is more than two standard errors."""
