@@ -58,7 +58,7 @@ LIGHT = (
 """Importable without JAX."""
 
 STARTS_JAX = ("jnp.", "np.random.", "jax.numpy.", "jax.random.", "jax.device", "jax.local_device", "nnx.Rngs")
-LARGEST_FILE = 500
+LARGEST_FILE = 400
 
 
 def module_name(path: Path) -> str:
