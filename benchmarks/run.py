@@ -36,6 +36,7 @@ BENCHMARKS = {
     "overhead": MAIN,
     "stacked": MAIN,
     "merge_files": MAIN,
+    "soups": MAIN,
     "step_vs_torch": WITH_PEERS,
     "vote": WITH_PEERS,
 }
