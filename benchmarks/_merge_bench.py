@@ -2,28 +2,21 @@
 
     older text ─► cosine (the base), wsd, constant-STEP …          at equal tokens
     newer text ─► sweep-0 … · expert-0 … · poisoned · irrelevant   fine-tunes of the base
+    a Llama ─► domain-0 · domain-1 · domain-2                      older speeches, newer ones, programs
 
 Everything lies in `benchmarks/.merge_quality/DIGEST/seed-N/NAME.safetensors`; another setting has another digest.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-YEAR = 1914
-"""The base knows the speeches before it, the fine-tunes are for those from it on: two styles, a new one each."""
-
-HELD_OUT = 0.2
-VALIDATION, TEST = ("merge",), ("test", "gate", "final_gate")
-"""Held-out splits: weights are found on the one and judged on the others, which nothing else uses here."""
+from _merge_text import HELD_OUT, VALIDATION, YEAR, Texts, bpe
 
 PEAK, WEIGHT_DECAY = 1.5e-3, 0.1
-TUNE_RATE = 6e-4
 SWEEP = (
     (6e-4, 0.1), (1e-3, 0.0), (3e-4, 0.1), (2e-3, 0.1), (6e-4, 0.0), (1e-3, 0.3), (3e-4, 0.0), (1.5e-4, 0.1),
 )  # fmt: skip
@@ -41,19 +34,21 @@ class Setting(NamedTuple):
     batch: int = 8
     steps: int = 1400
     tune_steps: int = 200
+    tune_rate: float = 6e-4
     models: int = 8
     validation: int = 128
     test: int = 384
     seeds: tuple[int, ...] = (0, 1, 2)
     text: tuple[str, ...] = ()
+    llama: bool = False
 
     @property
     def digest(self) -> str:
         """Names the results and the models of this setting."""
         from blake3 import blake3
 
-        fixed = (YEAR, HELD_OUT, PEAK, WEIGHT_DECAY, TUNE_RATE, SWEEP)
-        return blake3(repr((*self[:-2], self.text, fixed)).encode()).hexdigest()[:12]
+        fixed = (YEAR, HELD_OUT, PEAK, WEIGHT_DECAY, SWEEP)
+        return blake3(repr((*self, fixed)).encode()).hexdigest()[:12]
 
     @property
     def spacing(self) -> int:
@@ -67,29 +62,49 @@ SMALL = Setting(
 )  # fmt: skip
 """Shows that everything runs; its losses mean nothing."""
 
+LLAMA = Setting(
+    length=256, batch=4, tune_steps=60, tune_rate=1e-4, models=3, validation=30, test=90, seeds=(0,), llama=True
+)  # fmt: skip
+"""Three domains from one pretrained model; its shape and vocabulary are its own."""
+
+SMALL_LLAMA = SMALL._replace(models=3, validation=15, test=36, llama=True)
+
 
 class Bench:
-    """Data, model and the trained models of a setting."""
+    """Data, model and the trained models of a setting.
 
-    def __init__(self, setting: Setting, folder: Path):
+    Args:
+      setting: What to train, and how much.
+      folder: Where everything is kept.
+      llama: A Hugging Face folder, where the setting begins with a Llama.
+    """
+
+    def __init__(self, setting: Setting, folder: Path, llama: Path | None = None):
+        from _merge_llama import read_llama
+
         from capibara.core.config import ModularConfig
         from capibara.core.model import ModularCapibaraModel, objective
         from capibara.core.tokenizer import byte_tokenizer
 
-        self.setting, self.folder = setting, folder / setting.digest
+        self.setting, self.digest = setting, setting.digest + (f"-{_digest_of(llama)}" if llama else "")
+        self.folder = folder / self.digest
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = self._bpe() if setting.vocabulary else byte_tokenizer()
-        self.config = ModularConfig().replace(
-            model={
-                "vocab_size": self.tokenizer.vocab_size, "width": setting.width, "num_layers": setting.layers,
-                "num_heads": setting.heads,
-            },
-            data={"path": setting.text or "demo:sotu", "sequence_length": setting.length},
-        )  # fmt: skip
+        self.strategies: dict[Any, Any] = {}
+        if llama:
+            shape, self.start, tokenizer = read_llama(llama)
+            self.config = ModularConfig().replace(model=dict(shape))
+        else:
+            tokenizer = bpe(self.folder, setting.text, setting.vocabulary) if setting.vocabulary else byte_tokenizer()
+            self.config = ModularConfig().replace(
+                model={
+                    "vocab_size": tokenizer.vocab_size, "width": setting.width, "num_layers": setting.layers,
+                    "num_heads": setting.heads,
+                },
+            )  # fmt: skip
+        self.tokenizer = tokenizer
+        self.texts = Texts(self.folder / "data", tokenizer, setting.length, setting.text)
         self.model = ModularCapibaraModel(self.config)
         self.objective = objective(self.model)
-        self.strategies: dict[Any, Any] = {}
-        self.sources: dict[Any, Any] = {}
 
     def names(self, family: str) -> tuple[str, ...]:
         """The models of a family of ingredients."""
@@ -98,6 +113,7 @@ class Bench:
             "sweep": tuple(f"sweep-{i}" for i in range(n)),
             "experts": tuple(f"expert-{i}" for i in range(n)),
             "trajectory": tuple(f"constant-{last - j * self.setting.spacing}" for j in reversed(range(n))),
+            "domains": tuple(f"domain-{i}" for i in range(n)),
             "two bad": (*(f"sweep-{i}" for i in range(n - 2)), "poisoned", "irrelevant"),
         }[family]
 
@@ -105,6 +121,8 @@ class Bench:
         """A model's parameters, trained first where they are not on disk."""
         from capibara.files import read_tensors
 
+        if self.setting.llama and name == "cosine":
+            return self.start
         if not self.path(seed, name).exists():
             self._make(seed, name)
         return read_tensors(self.path(seed, name))
@@ -116,7 +134,10 @@ class Bench:
     def steps_to_make(self, names: set[tuple[int, str]]) -> int:
         """Training steps that the missing ones of these (seed, name) cost, their bases included."""
         tuned = {(seed, n) for seed, n in names if not n.startswith(("constant", "cosine", "wsd"))}
-        missing = {key for key in names | {(seed, "cosine") for seed, _ in tuned} if not self.path(*key).exists()}
+        bases: set[tuple[int, str]] = set()
+        if not self.setting.llama:
+            bases = {(seed, "cosine") for seed, _ in tuned}
+        missing = {key for key in names | bases if not self.path(*key).exists()}
         runs = {(seed, n.partition("-")[0]) for seed, n in missing if (seed, n) not in tuned}
         return len(runs) * self.setting.steps + len(missing & tuned) * self.setting.tune_steps
 
@@ -129,9 +150,9 @@ class Bench:
 
         strategy = self._strategy("constant", PEAK, WEIGHT_DECAY, self.setting.steps)
         state, step = strategy.init(parameters(self.model)), jax.jit(strategy.step)
-        steps = self._older(0).in_order(first_step=0, steps=1, batch_size=self.setting.batch)
+        steps = self.texts.older(0).in_order(first_step=0, steps=1, batch_size=self.setting.batch)
         batch = jax.tree.map(lambda leaf: leaf[0], steps)
-        held = held_out(self.held_out("trajectory", 0, VALIDATION, self.setting.validation))
+        held = held_out(self.texts.held_out("trajectory", 0, VALIDATION, self.setting.validation))
 
         def fastest(call: Callable[[], Any]) -> float:
             times = []
@@ -144,30 +165,21 @@ class Bench:
         forward = fastest(lambda: read_logs(self.objective, state.params, held)[0])
         return fastest(lambda: step(state, batch, jax.random.key(0))), forward / held.counts[0]
 
-    def held_out(self, family: str, seed: int, splits: tuple[str, ...], count: int) -> Any:
-        """Up to `count` sequences, about as many of each split, of the text that a family is judged on."""
-        import numpy as np
-
-        source = self._older(seed) if family == "trajectory" else self._newer(seed, 1)
-        each = [min(count // len(splits), source.num_sequences(split)) for split in splits]
-        parts = [source.held_out(s, round=0, draw=0, count=n) for s, n in zip(splits, each, strict=True)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
     def _make(self, seed: int, name: str) -> None:
         kind, _, number = name.partition("-")
         if kind in ("constant", "cosine", "wsd"):
             self._pretrain(seed, kind)
             return
-        draw, node, rate, decay = int(number or 0), 0, TUNE_RATE, WEIGHT_DECAY
-        source, change = self._newer(seed, 1), None
+        draw, node, rate, decay = int(number or 0), 0, self.setting.tune_rate, WEIGHT_DECAY
+        source, change = self.texts.newer(seed, 1), None
         if kind == "sweep":
             rate, decay = SWEEP[draw]
         elif kind == "expert":
-            source, node = self._newer(seed, self.setting.models), draw
+            source, node = self.texts.newer(seed, self.setting.models), draw
         elif kind == "poisoned":
             change = self._wrong_targets
         else:
-            source = self._open("irrelevant", seed, 1, None, *_program_text())
+            source = self.texts.domain(seed, draw if kind == "domain" else 2)
         strategy = self._strategy("cosine", rate, decay, self.setting.tune_steps)
 
         def batches(first: int, count: int) -> Any:
@@ -179,7 +191,7 @@ class Bench:
     def _pretrain(self, seed: int, kind: str) -> None:
         from capibara.core.model import ModularCapibaraModel, parameters
 
-        setting, source = self.setting, self._older(seed)
+        setting, source = self.setting, self.texts.older(seed)
         strategy = self._strategy(kind, PEAK, WEIGHT_DECAY, setting.steps)
         kept = {int(name.partition("-")[2]): name for name in self.names("trajectory")}
         self._train(
@@ -226,70 +238,8 @@ class Bench:
         wrong = np.random.default_rng(0).permutation(self.tokenizer.vocab_size).astype(np.int32)
         return {**batch, "targets": wrong[batch["targets"]]}
 
-    def _older(self, seed: int) -> Any:
-        from capibara.data.batches import open_source
 
-        if not self.setting.text:
-            return self._open("older", seed, 1, None, partial(_speeches, older=True), self._demo_digest)
-        if ("text", seed) not in self.sources:
-            self.sources["text", seed] = open_source(
-                self.config.data.model_copy(update={"held_out_fraction": HELD_OUT}), num_nodes=1, split="iid",
-                seed=seed, cache=self.folder / "data", tokenizer=self.tokenizer,
-            )  # fmt: skip
-        return self.sources["text", seed]
-
-    def _newer(self, seed: int, nodes: int) -> Any:
-        field = "president" if nodes > 1 else None
-        return self._open("newer", seed, nodes, field, partial(_speeches, older=False), self._demo_digest)
-
-    def _open(
-        self, name: str, seed: int, nodes: int, field: str | None, documents: Callable[[], Any], digest: str
-    ) -> Any:
-        from capibara.data.batches import TextSource
-        from capibara.data.prepare import prepare
-
-        if (name, seed, nodes) not in self.sources:
-            folder = self.folder / "data" / name
-            prepare(documents, self.tokenizer, folder, held_out_fraction=HELD_OUT, inputs=f"{name}:{YEAR}:{digest}")
-            self.sources[name, seed, nodes] = TextSource(
-                folder, num_nodes=nodes, split="by_field" if field else "iid", field=field,
-                sequence_length=self.setting.length, seed=seed,
-            )  # fmt: skip
-        return self.sources[name, seed, nodes]
-
-    @cached_property
-    def _demo_digest(self) -> str:
-        from capibara.data.batches import documents_of
-
-        return documents_of("demo:sotu")[1]()
-
-    def _bpe(self) -> Any:
-        from capibara.core.tokenizer import load_tokenizer, train_bpe
-        from capibara.data.batches import documents_of
-
-        path = self.folder / "tokenizer.json"
-        if not path.exists():
-            texts = [documents_of(part)[0] for part in ("demo:sotu", *self.setting.text)]
-            train_bpe((d.text for read in texts for d in read()), self.setting.vocabulary).save(path)
-        return load_tokenizer(path)
-
-
-def _speeches(*, older: bool) -> Iterator[Any]:
-    from capibara.data.demo import demo_documents
-
-    return (document for document in demo_documents() if (int(document.fields["year"]) < YEAR) is older)
-
-
-def _program_text() -> tuple[Callable[[], Iterator[Any]], str]:
-    """Python's own library as text that has nothing to do with speeches, and a digest of it."""
+def _digest_of(llama: Path) -> str:
     from blake3 import blake3
 
-    from capibara.data.source import pieces
-
-    files = [(path.name, path.read_text(errors="replace")) for path in sorted(Path(os.__file__).parent.glob("*.py"))]
-
-    def documents() -> Iterator[Any]:
-        for name, text in files:
-            yield from pieces(text, {"file": name, "folder": "lib"})
-
-    return documents, blake3("".join(text for _, text in files).encode()).hexdigest()
+    return blake3((llama / "model.safetensors").read_bytes()).hexdigest()[:12]

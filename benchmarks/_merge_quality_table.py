@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from _common import machine, versions
-from _merge_bench import SWEEP, YEAR, Setting
+from _merge_bench import SWEEP, Setting
 from _merge_methods import BEST, UNIFORM
+from _merge_text import YEAR
 
 Entry = dict[str, Any]
 FAMILY_WORDS = {
     "sweep": "A sweep: fine-tunes of one base with other learning rates, decays and orders of the same text.",
     "two bad": "Two are bad: the sweep's first, one tuned on wrong targets (poisoned), one on programs (irrelevant).",
     "experts": "Experts: fine-tunes of one base, each on the speeches of presidents of its own; judged on all of them.",
+    "domains": "Domains: one pretrained Llama tuned on older speeches, newer ones and programs; judged on all three.",
     "trajectory": "A trajectory: the last checkpoints of one run at constant learning rate.",
 }
 

@@ -3,6 +3,7 @@
     python benchmarks/merge_quality.py            # goes on where it stopped; a JSON line a cell in merge_quality.jsonl
     python benchmarks/merge_quality.py --table    # writes docs/merge-quality.md from what is there
     python benchmarks/merge_quality.py --small    # every kind of cell once, tiny, in a temporary folder: minutes
+    python benchmarks/merge_quality.py --llama DIR    # the part on a Llama folder (SmolLM2-135M) tuned on three domains
 
 Models are trained when the first cell needs them and kept, see `_merge_bench.py`; ways to merge are in
 `_merge_methods.py`. Weights are found on one held-out split and judged on another, sequence by sequence against the
@@ -21,11 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _common import say
-from _merge_bench import SMALL, TEST, VALIDATION, Bench, Setting
+from _merge_bench import LLAMA, SMALL, SMALL_LLAMA, Bench, Setting
 from _merge_methods import BEST, MAIN, REFERENCE, UNIFORM, Case, Merged, mixed, mixture_weights
+from _merge_text import TEST, VALIDATION
 
 HERE = Path(__file__).parent
+RESULTS = "merge_quality.jsonl"
 FAMILIES = ("sweep", "two bad", "experts", "trajectory")
+DOMAINS = "domains"
 COSINE, WSD = "cosine", "WSD"
 BASES = {"soup": (BEST, UNIFORM), "decay": (COSINE, WSD), "number": ()}
 """The rows with which the others of a part are compared; they come first."""
@@ -65,6 +69,9 @@ def decay_rows(setting: Setting) -> dict[str, tuple[str, str, int]]:
 
 def cells(setting: Setting) -> Iterator[Cell]:
     """All cells, the most important first."""
+    if setting.llama:
+        yield from (Cell("soup", DOMAINS, row, seed) for seed in setting.seeds for row in MAIN | REFERENCE)
+        return
     for seed in setting.seeds:
         for family in FAMILIES:
             yield from (Cell("soup", family, row, seed) for row in MAIN)
@@ -82,7 +89,7 @@ class Results:
 
     def __init__(self, path: Path, bench: Bench):
         self.path, self.bench = path, bench
-        self.done = {e["name"]: e for e in read(path, bench.setting) if self.usable(e)}
+        self.done = {e["name"]: e for e in read(path, bench.digest) if self.usable(e)}
 
     def logs_path(self, part: str, family: str, row: str, seed: int) -> Path:
         return self.bench.folder / f"{part}-{family}-{row}-{seed}.npy".replace(" ", "_")
@@ -109,12 +116,12 @@ def run(bench: Bench, results: Results, cell: Cell) -> dict[str, Any]:
     trees = [bench.get(cell.seed, name) for name in names]
     trained = time.monotonic() - began
     validation, test = (
-        held_out(bench.held_out(cell.family, cell.seed, splits, count))
+        held_out(bench.texts.held_out(cell.family, cell.seed, splits, count))
         for splits, count in ((VALIDATION, setting.validation), (TEST, setting.test))
     )
     base = bench.get(cell.seed, "cosine") if cell.row in REFERENCE else None
     case = Case(trees, base, bench.objective, validation, test, math.log(bench.tokenizer.vocab_size), cell.seed)
-    entry: dict[str, Any] = {"name": cell.name, **cell._asdict(), "setting": setting.digest,
+    entry: dict[str, Any] = {"name": cell.name, **cell._asdict(), "setting": bench.digest,
                              "parameters": bench.model.num_parameters}  # fmt: skip
     if cell.part == "number":
         entry["curve"] = curve(case, nested=cell.family == "trajectory")
@@ -199,10 +206,10 @@ def hours(bench: Bench, todo: list[Cell]) -> tuple[float, float]:
     return bench.steps_to_make(names) * step / 3600, sequences * forward / 3600
 
 
-def read(path: Path, setting: Setting) -> list[dict[str, Any]]:
-    """The newest line of each cell of a setting."""
+def read(path: Path, digest: str) -> list[dict[str, Any]]:
+    """The newest line of each cell of a setting, named by its digest or the beginning of it."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return list({e["name"]: e for e in map(json.loads, lines) if e["setting"] == setting.digest}.values())
+    return list({e["name"]: e for e in map(json.loads, lines) if e["setting"].startswith(digest)}.values())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -211,25 +218,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="write docs/merge-quality.md from the finished cells")
     parser.add_argument("--small", action="store_true", help="every kind of cell, tiny, in a temporary folder")
     parser.add_argument("--text", nargs="+", default=(), help="folders or files for the base, instead of old speeches")
+    parser.add_argument("--llama", type=Path, help="a Hugging Face folder of a Llama, tuned on three domains")
     given = parser.parse_args(arguments)
-    setting = (SMALL if given.small else Setting())._replace(text=tuple(given.text))
+    if given.llama and (given.text or given.small):
+        parser.error("--llama has texts of its own and a size of its own; leave --text and --small out.")
+    setting = LLAMA if given.llama else Setting(text=tuple(given.text))
     if given.small:
         with tempfile.TemporaryDirectory() as folder:
-            work(setting, Path(folder), Path(folder) / "merge_quality.jsonl")
-            table(setting, Path(folder) / "merge_quality.jsonl", Path(folder) / "merge-quality.md")
-            print((Path(folder) / "merge-quality.md").read_text())
+            small(Path(folder), SMALL._replace(text=tuple(given.text)))
     elif given.table:
-        table(setting, HERE / "merge_quality.jsonl", HERE.parent / "docs" / "merge-quality.md")
+        table((Setting(text=tuple(given.text)), LLAMA), HERE / RESULTS, HERE.parent / "docs" / "merge-quality.md")
     else:
-        work(setting, HERE / ".merge_quality", HERE / "merge_quality.jsonl")
+        work(setting, HERE / ".merge_quality", HERE / RESULTS, given.llama)
 
 
-def work(setting: Setting, folder: Path, results_path: Path) -> None:
+def small(folder: Path, setting: Setting) -> None:
+    """Computes every kind of cell in a folder and prints the page."""
+    from _merge_llama import write_random_llama
+
+    write_random_llama(folder / "llama")
+    work(setting, folder, folder / RESULTS)
+    work(SMALL_LLAMA, folder, folder / RESULTS, folder / "llama")
+    table((setting, SMALL_LLAMA), folder / RESULTS, folder / "page.md")
+    print((folder / "page.md").read_text())
+
+
+def work(setting: Setting, folder: Path, results_path: Path, llama: Path | None = None) -> None:
     """Computes every cell that is missing."""
     from capibara.runtime import prepare_process
 
     prepare_process()
-    bench = Bench(setting, folder)
+    bench = Bench(setting, folder, llama)
     results = Results(results_path, bench)
     todo = [cell for cell in cells(setting) if cell.name not in results.done]
     if not todo:
@@ -245,13 +264,14 @@ def work(setting: Setting, folder: Path, results_path: Path) -> None:
         print(json.dumps(entry), flush=True)
 
 
-def table(setting: Setting, results_path: Path, page: Path) -> None:
-    """Writes the page from the finished cells."""
+def table(settings: tuple[Setting, ...], results_path: Path, page: Path) -> None:
+    """Writes the page from the finished cells of the settings; the first is the one that is described."""
     from _merge_quality_table import write
 
     write(
-        read(results_path, setting), page, families=FAMILIES, main=tuple(MAIN), reference=tuple(REFERENCE),
-        decay=tuple(decay_rows(setting)), setting=setting,
+        [entry for setting in settings for entry in read(results_path, setting.digest)], page,
+        families=(*FAMILIES, DOMAINS), main=tuple(MAIN), reference=tuple(REFERENCE),
+        decay=tuple(decay_rows(settings[0])), setting=settings[0],
     )  # fmt: skip
 
 

@@ -99,11 +99,11 @@ def test_the_page_on_merges_counts_seeds_whose_interval_clears_zero(merges, tmp_
     ]
     results, page = tmp_path / "lines.jsonl", tmp_path / "page.md"
     results.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    merges.table(merges.Setting(), results, page)
+    merges.table((merges.Setting(), merges.LLAMA), results, page)
     text = page.read_text()
     # mean (−0.1 + 0.02)/2, standard error √(0.03² + 0.04²)/2
     assert "| greedy, sorted | 2 | 1.9500 | -0.0400 ± 0.0250 | 1 | 0 | – | 1 |" in text
-    assert text.count("Not run.") == 5
+    assert text.count("Not run.") == 6
 
 
 @pytest.mark.slow
