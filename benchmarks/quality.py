@@ -25,7 +25,7 @@ ATTACKS = (
     "stale", "nan",
 )  # fmt: skip
 RULES: dict[str, dict[str, Any]] = {
-    "vote": {},
+    "vote": {"merge_rows": "mixed"},
     "vote, own rows": {"merge_rows": "own"},
     "mean": {"voting_strategy": "majority"},
     "trimmed mean": {"voting_strategy": "trimmed_mean"},
@@ -37,7 +37,8 @@ WORST = 3
 SETTING = f"""A byte-level decoder of {{parameters:,}} parameters on the State of the Union speeches, split by
 president: {NODES} nodes, f = {FAULTY}, H = {STEPS} AdamW steps of 2 sequences of 64 tokens, {ROUNDS} rounds, the loss
 judged on {TEST_SEQUENCES} held-out sequences. The {FAULTY} liars are the last nodes; they know all honest deltas and
-the rule. The reference is the {NODES - FAULTY} honest nodes alone: what could be had without the liars."""
+the rule. The reference is the {NODES - FAULTY} honest nodes alone: what could be had without the liars. `vote` is the
+default vote with `merge_rows = "mixed"`, `vote, own rows` with `"own"`, the default."""
 
 
 

@@ -48,7 +48,7 @@ class ConsensusConfig(Section):
     max_retries: int = setting(3, "further attempts of a round without quorum", ge=0)
     max_refusals: int = setting(5, "refused rounds in a row that stop the run", ge=1)
     inner_state: str = setting("keep", "optimiser state between rounds: keep or reset")
-    merge_rows: str = setting("mixed", "rows the default vote merges: mixed or own")
+    merge_rows: str = setting("own", "rows the default vote merges: mixed or own")
     outvote_at: float = setting(3.0, "distance, in (m−f)-th smallest ones, at which a node is outvoted", gt=1)
     outer: Any = setting("sgd", "outer optimiser: sgd, nesterov or an optax transformation")
     outer_learning_rate: float | None = setting(None, "1.0 for sgd, by the η(n, H) table for nesterov", gt=0)

@@ -30,7 +30,7 @@ from capibara.types import PyTree
 
 
 def byzantine_tolerant(
-    f: int, *, outvote_at: float = 3.0, merge_rows: str = "mixed", clip_norms: bool = True
+    f: int, *, outvote_at: float = 3.0, merge_rows: str = "own", clip_norms: bool = True
 ) -> Rule:
     """The default vote over rows of which at most f are arbitrary.
 

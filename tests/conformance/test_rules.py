@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
 RULES = {
     "byzantine_tolerant": Entry(voting.byzantine_tolerant(F), 3),
-    "byzantine_tolerant own": Entry(voting.byzantine_tolerant(F, merge_rows="own"), 3),
+    "byzantine_tolerant mixed": Entry(voting.byzantine_tolerant(F, merge_rows="mixed"), 3),
     "majority": Entry(voting.majority(), 1),
     "geometric_median": Entry(robust.geometric_median(F), 3),
     "centered_clipping": Entry(robust.centered_clipping(F), 3),

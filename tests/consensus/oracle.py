@@ -34,7 +34,7 @@ def vote(
     f: int,
     *,
     weights: np.ndarray | None = None,
-    merge_rows: str = "mixed",
+    merge_rows: str = "own",
     merge: str = "mean",
     outvote_at: float = 3.0,
     clip_norms: bool = True,

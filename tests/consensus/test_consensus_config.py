@@ -109,7 +109,7 @@ def test_too_few_nodes_for_a_rule_names_a_rule_that_does(name, f):
     ("values", "expected"),
     [
         ({"voting_strategy": "byzantine_tolerent"}, "Did you mean 'byzantine_tolerant'?"),
-        ({"merge_strategy": "weighted_avg"}, "Did you mean 'weighted_average'? Known: breadcrumbs, convex_optimization, "),
+        ({"merge_strategy": "weighted_avg"}, "Did you mean 'weighted_average'? Known: breadcrumbs, "),
         ({"merge_strategy": "xyzzy"}, "ties, ties_tensor, trimmed_mean, uniform, weighted_average."),
         ({"engine": "inlined"}, "Did you mean 'inline'?"),
         ({"outer": "nestrov"}, "Did you mean 'nesterov'?"),

@@ -15,7 +15,6 @@ from capibara.training import ConvexityTrainingStrategy
 from capibara.transforms.prox import l1
 
 
-
 def write_text(folder):
     """Sixty short documents, so that every held-out split gets some."""
     folder.mkdir()
