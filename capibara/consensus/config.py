@@ -202,6 +202,17 @@ class ConsensusConfig(Section):
             f"vote {name_of(self.voting_strategy)}, merge {name_of(self.merge_strategy)}."
         )
 
+    def note_on_strategies(self) -> str | None:
+        """A sentence where so few nodes have a strategy that all of them can be outvoted for being different."""
+        kinds, f = len(self.strategies), self.num_tolerated
+        if kinds == 1 or self.num_nodes // kinds > f:
+            return None
+        return (
+            f"{kinds} strategies share {self.num_nodes} nodes: some have {self.num_nodes // kinds}, no more than the "
+            f"f = {f} that a vote may take for wrong. A whole strategy can be outvoted for being different; use "
+            f"{kinds * (f + 1)} nodes or fewer strategies."
+        )
+
     def warn_when_defenceless(self) -> None:
         """Says once that no lie is tolerated, with the threshold that lets the others go on."""
         n = self.num_nodes

@@ -20,7 +20,7 @@ def strictest(flags: Sequence[tuple[str, np.ndarray]], num_nodes: int) -> list[s
 
 
 def rule_entry(config: ConsensusConfig) -> dict[str, Any]:
-    """The `rule` field: by it and the kept deltas anyone can repeat the vote."""
+    """The `rule` field: by it and the kept deltas anyone can repeat the vote; with the text, the gate too."""
     name = config.voting_strategy if isinstance(config.voting_strategy, str) else config.voting_strategy.name
     merge = config.merge_strategy if isinstance(config.merge_strategy, str) else config.merge_strategy.name
     parameters = {
@@ -28,6 +28,9 @@ def rule_entry(config: ConsensusConfig) -> dict[str, Any]:
         "merge_rows": config.merge_rows,
         "outvote_at": float(config.outvote_at),
         "quality_threshold": float(config.quality_threshold),
+        "gate_step": float(config.gate_alpha),
+        "gate_sequences": config.gate_sequences,
+        "verification_rounds": config.verification_rounds,
     }
     return {"name": name, "f": config.num_tolerated, "parameters": parameters}
 

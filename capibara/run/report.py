@@ -48,6 +48,7 @@ def history(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, An
                 "test_loss": known.get("test_loss"),
                 "backing": line["quorum"]["backing"],
                 "reasons": [node["reason"] for node in line["nodes"]],
+            "strategies": [node.get("strategy", "") for node in line["nodes"]],
                 "seconds": sum(line.get("timing", {}).get("phases_s", {}).values()),
             }
         )

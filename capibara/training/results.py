@@ -48,7 +48,7 @@ class ConsensusResults:
     Attributes:
       consensus_model: The model after the last committed round.
       rounds: Rounds finished, committed or refused.
-      history: One dict a round: `round, outcome, loss, test_loss, backing, reasons, seconds`.
+      history: One dict a round: `round, outcome, loss, test_loss, backing, reasons, strategies, seconds`.
       certificate_path: `rounds.jsonl`, one hash-chained certificate a line.
       run_path: The run directory.
       head: Hash of the last certificate; `capibara verify RUN --expect HASH` checks against it.
@@ -77,6 +77,15 @@ class ConsensusResults:
                     reasons[reason] = reasons.get(reason, 0) + 1
         return found
 
+    def by_strategy(self) -> dict[str, tuple[int, int]]:
+        """Strategy → node-rounds that backed, and all: a whole strategy can be outvoted for being different."""
+        counts: dict[str, tuple[int, int]] = {}
+        for entry in self.history:
+            for name, reason in zip(entry["strategies"], entry["reasons"], strict=True):
+                backed, total = counts.get(name, (0, 0))
+                counts[name] = (backed + (reason == "backed"), total + 1)
+        return counts
+
     def named(self) -> list[int]:
         """The nodes that were kept out in more than half of the rounds."""
         return [node for node, reasons in sorted(self.accused().items()) if 2 * sum(reasons.values()) > self.rounds]
@@ -95,6 +104,9 @@ class ConsensusResults:
         others = "; ".join(f"node {node} {why}" for node, why in told.items() if node not in self.named())
         if others:
             lines.append(f"Kept out now and then: {others} of {self.rounds} rounds.")
+        if len(shares := self.by_strategy()) > 1:
+            told_shares = ", ".join(f"{name} {backed} of {total}" for name, (backed, total) in sorted(shares.items()))
+            lines.append(f"Node-rounds that backed, by strategy: {told_shares}.")
         if self.before is not None and self.after is not None:
             lines.append(f"test loss {self.after.told(self.before)}")
         lines.append(f"certificates: {self.certificate_path} (last hash {self.head[:16]}…)")
@@ -107,6 +119,7 @@ class ConsensusResults:
             "history": self.history,
             "accused": {str(node): reasons for node, reasons in self.accused().items()},
             "named": self.named(),
+            "by_strategy": {name: {"backed": b, "of": total} for name, (b, total) in self.by_strategy().items()},
             "run": str(self.run_path),
             "certificates": str(self.certificate_path),
             "head": self.head,

@@ -85,7 +85,7 @@ class Session:
         config, run = self.config, self.run
         display = display or self.display(enabled=False)
         display.note(f"{run.path}: this run needs {self._check_room()}.")
-        for note in run.notes:
+        for note in filter(None, (*run.notes, config.consensus.note_on_strategies())):
             display.note(note)
         start = resume_state(self.plan, self.params, run, lambda note: None)
         self.state = start

@@ -217,3 +217,12 @@ def test_every_name_of_the_vocabulary_has_its_object():
     assert set(MERGES) <= set(vocabulary.MERGES)
     for name in NAMES:
         assert get_attack(ConsensusConfig(attack=name).attack).name.startswith(name)
+
+
+def test_strategies_that_too_few_nodes_share_are_noted():
+    """⌊8/3⌋ = 2 = f: the two nodes of a strategy can be outvoted for being different; with nine they cannot."""
+    three = ("plain", "convexity", "incremental_soup")
+    note = ConsensusConfig(num_nodes=8, consensus_threshold=0.75, strategies=three).note_on_strategies()
+    assert note is not None and "some have 2, no more than the f = 2" in note and "use 9 nodes" in note
+    assert ConsensusConfig(num_nodes=9, consensus_threshold=0.75, strategies=three).note_on_strategies() is None
+    assert ConsensusConfig(num_nodes=8).note_on_strategies() is None

@@ -22,6 +22,8 @@ HISTORY = [
     {"round": 1, "outcome": "refused", "loss": 2.9, "reasons": ["backed", "backed", "backed", "not_finite"]},
     {"round": 2, "outcome": "committed", "loss": 2.8, "reasons": ["backed", "backed", "backed", "outvoted"]},
 ]
+for entry in HISTORY:
+    entry["strategies"] = ["plain"] * 4
 
 
 def consensus(**changes) -> ConsensusResults:
@@ -30,6 +32,13 @@ def consensus(**changes) -> ConsensusResults:
         "run_path": Path("runs/a"), "head": "0123456789abcdef" * 4, "before": BEFORE, "after": AFTER,
     }  # fmt: skip
     return ConsensusResults(**given | changes)
+
+
+def test_backing_is_told_by_strategy_where_there_are_several():
+    history = [{**entry, "strategies": ["plain", "convexity"] * 2} for entry in HISTORY]
+    assert consensus(history=history).by_strategy() == {"plain": (5, 6), "convexity": (3, 6)}
+    told = "Node-rounds that backed, by strategy: convexity 3 of 6, plain 5 of 6."
+    assert told in consensus(history=history).summary() and "by strategy" not in consensus().summary()
 
 
 def test_the_paired_change_is_the_ratio_of_sums_and_its_error_that_of_the_residuals():
