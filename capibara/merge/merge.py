@@ -248,7 +248,11 @@ def _check_out(out: Path, recipe: Recipe) -> None:
             raise ConfigError(f"The output {out} lies inside the input {path} or holds it; name a place beside it.")
     if out.suffix in (".npz", ".bin", ".pt", ".gguf"):
         raise ConfigError(f"Merges are written as safetensors: name a folder or a .safetensors file; got {out}.")
-    if not out.parent.is_dir():
+    try:
+        is_folder = out.parent.is_dir()
+    except OSError as error:
+        raise RunError(f"{out.parent} cannot be entered ({error.strerror}); name another place.") from None
+    if not is_folder:
         raise RunError(f"{out.parent} is no folder; make it first, or name another output.")
 
 

@@ -159,7 +159,7 @@ def test_the_digest_tells_what_decides_the_outcome():
         {"training": {"clip_norm": None}},
         {"training": {"seed": 1}},
         {"consensus": {"consensus_timeout": None}},
-        {"consensus": {"merge_rows": "own"}},
+        {"consensus": {"merge_rows": "mixed"}},
     ):
         assert config.replace(**other).digest() != config.digest()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,15 +127,21 @@ def test_an_output_that_is_something_else_is_left_alone(capsys, tmp_path, models
 def test_without_the_right_to_write_it_is_an_error(tmp_path, models):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
+    shut = tmp_path / "shut"
+    shut.mkdir(mode=0o700)
     recipe = Recipe(tuple(models[0]))
     root = os.geteuid() == 0
     if root:
-        for path in (tmp_path, *tmp_path.parents[:2], *models[0]):
+        above = [path for path in tmp_path.parents if path.is_relative_to(Path(tempfile.gettempdir()).resolve())]
+        for path in (tmp_path, *above[:-1], *models[0]):
             path.chmod(0o755)
         os.seteuid(65534)
     try:
         with pytest.raises(RunError, match="Permission denied.*name another place"):
             merge(recipe, closed / "out")
+        if root:
+            with pytest.raises(RunError, match="cannot be entered .Permission denied.; name another place"):
+                merge(recipe, shut / "inner" / "out")
     finally:
         if root:
             os.seteuid(0)
