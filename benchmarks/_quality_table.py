@@ -108,7 +108,7 @@ def _cell(entries: Sequence[Entry], row: str, rule: str, attack: str, base: dict
     found = _find(entries, row, rule, attack)
     if found is None:
         return "not run"
-    stopped = "" if found["outcomes"].get("committed", 0) == found["rounds"] else f" ({_outcomes(found)})"
+    stopped = "" if set(found["outcomes"]) == {"committed"} else f" ({_outcomes(found)})"
     return f"{_percent(found, base):+.2f}{stopped}"
 
 
