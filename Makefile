@@ -26,7 +26,7 @@ fast: .venv/made-test
 
 slow: .venv/made-test
 	@echo '== slow tests ($(JOBS) processes)'
-	@$(BIN)/python $(PYTEST) -n $(JOBS) --dist loadfile --durations=10 -m 'slow and not peers'
+	@$(BIN)/python $(PYTEST) -n $(JOBS) --dist loadfile --timeout=1200 --durations=10 -m 'slow and not peers'
 
 check: .venv/made-test .venv/made-check
 	@echo '== ruff'

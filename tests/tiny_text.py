@@ -47,11 +47,11 @@ def make(folder: Path, *, rounds: int = 3, documents: int = 60) -> Path:
     return folder
 
 
-def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own, its outputs piped."""
+def start(*arguments: Any, first: str = "", **options: Any) -> subprocess.Popen[str]:
+    """The command in a process of its own, its outputs piped; `first` is Python that the process runs before it."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CAPIBARA_")}
-    return subprocess.Popen([sys.executable, "-c", MAIN, *map(str, arguments)], env=environment, **pipes)
+    return subprocess.Popen([sys.executable, "-c", f"{first}\n{MAIN}", *map(str, arguments)], env=environment, **pipes)
 
 
 def capibara(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:

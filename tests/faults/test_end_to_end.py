@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -145,7 +144,8 @@ def test_a_disk_that_runs_full_at_a_commit_loses_nothing(whole, copy):
     lines = (copy / CERTIFICATES).read_bytes().splitlines(keepends=True)
     (copy / CERTIFICATES).write_bytes(b"".join(lines[:-2]))
     before = (copy / CERTIFICATES).read_bytes()
-    full = capibara("resume", copy, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
+    full = capibara("resume", copy, first=limit)
     assert full.returncode == 1
     error = full.stderr.splitlines()[-1]
     assert error.startswith(f"error: The deltas of round {ROUNDS - 2} could not be written to")
