@@ -8,6 +8,7 @@ cannot supply: a local folder stands for `gs://capibara-data/`, and `plain` for 
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import small
 
 from capibara.consensus.vocabulary import STRATEGIES
 from capibara.core.model import ModularCapibaraModel, parameters
+from capibara.data.demo import demo_folder
 from capibara.training import ConsensusConfig, UnifiedTrainer
 from capibara.training.replay import verify_run
 
@@ -142,6 +144,63 @@ def sees_128(names: Names, folder: Path) -> None:
     assert (training.batch_size, training.accumulation_steps) == (128, 8) and training.gradient_checkpointing
 
 
+def held_out_batch() -> dict[str, np.ndarray]:
+    """Sixteen sequences of a speech, as bytes."""
+    first = min((demo_folder() / "speeches").glob("*.txt")).read_bytes()[: 16 * 33]
+    text = np.frombuffer(first, np.uint8).astype(np.int32).reshape(16, 33)
+    return {
+        "tokens": text[:, :-1],
+        "targets": text[:, 1:],
+        "segments": np.ones((16, 32), np.int32),
+        "positions": np.tile(np.arange(32, dtype=np.int32), (16, 1)),
+        "mask": np.ones((16, 32), bool),
+    }
+
+
+def models_and_validation(folder: Path, patch: pytest.MonkeyPatch) -> Names:
+    """A list of three models, and held-out text."""
+    return {"models": list(three_models(folder, patch).values()), "val_data": held_out_batch()}
+
+
+def is_certified(names: Names, folder: Path) -> None:
+    """Weights with a gap, and a merge no worse than the best model on the validation data."""
+    weights = names["optimal_weights"]
+    assert weights.certificate == "global_convex" and np.asarray(weights).sum() == pytest.approx(1)
+    assert weights.merged_loss <= min(weights.losses) + 1e-6
+    assert isinstance(names["merged_model"], ModularCapibaraModel)
+
+
+def three_pickles(folder: Path, patch: pytest.MonkeyPatch) -> Names:
+    """Three pickled checkpoints, dicts of NumPy arrays."""
+    for i, model in enumerate(three_models(folder, patch).values(), 1):
+        arrays = {name: np.asarray(leaf) for name, leaf in parameters(model).items()}
+        (folder / f"checkpoint_epoch_{i}.pkl").write_bytes(pickle.dumps(arrays))
+    return {"val_data": held_out_batch()}
+
+
+def is_the_mean_of_the_pickles(names: Names, folder: Path) -> None:
+    """The uniform soup."""
+    given = [pickle.loads((folder / f"checkpoint_epoch_{i}.pkl").read_bytes()) for i in (1, 2, 3)]
+    for name, leaf in names["souped_model"].items():
+        np.testing.assert_allclose(leaf, np.mean([one[name] for one in given], axis=0), rtol=1e-5, atol=1e-7)
+
+
+def model_and_text(folder: Path, patch: pytest.MonkeyPatch) -> Names:
+    """A small model and a folder of two short speeches."""
+    patch.setenv("CAPIBARA_DATA__SEQUENCE_LENGTH", "32")
+    patch.setenv("CAPIBARA_DATA__HELD_OUT_FRACTION", "0.3")
+    small.speeches(folder / "text", 0, 40, 300)
+    model = ModularCapibaraModel(small.config())
+    return {"model": model, "train_data": "text", "before": dict(parameters(model))}
+
+
+def has_certified_steps(names: Names, folder: Path) -> None:
+    """Steps were certified, and the text is better known than before."""
+    result = names["strategy"].last_result
+    assert names["strategy"].certificate == "conditional"
+    assert any(entry["certified"] == 1 for entry in result.history) and result.after.loss < result.before.loss
+
+
 COVERED = {
     "Byzantine-Tolerant Voting": Snippet(
         three_models,
@@ -189,14 +248,43 @@ trainer.train(train_data="data/train/", eval_data="data/eval/", num_epochs=3, ch
         sees_128,
         "trainer = UnifiedTrainer(batch_size=16, gradient_accumulation_steps=8, use_gradient_checkpointing=True)",
     ),
+    "Convex Optimization Consensus": Snippet(
+        models_and_validation,
+        is_certified,
+        """
+from capibara.training.convexity_controller import ConvexityController
+controller = ConvexityController(lambda_reg=0.01, max_iterations=100)
+optimal_weights = controller.optimize(models=models, validation_data=val_data)
+merged_model = controller.merge(models, optimal_weights)
+""",
+        slow=True,
+    ),
+    "Incremental Soup Strategy": Snippet(
+        three_pickles,
+        is_the_mean_of_the_pickles,
+        """
+from capibara.training import IncrementalSoupStrategy
+soup = IncrementalSoupStrategy(merging_method="uniform", evaluation_metric="perplexity")
+for epoch in (1, 2, 3):
+    soup.add_checkpoint(f"checkpoint_epoch_{epoch}.pkl")
+souped_model = soup.merge(validation_data=val_data)
+""",
+    ),
+    "Convexity Training Strategy": Snippet(
+        model_and_text,
+        has_certified_steps,
+        """
+from capibara.training import ConvexityTrainingStrategy
+strategy = ConvexityTrainingStrategy(regularization=0.01, convex_constraint=True, use_proximal_gradient=True)
+model = strategy.train(model=model, train_data=train_data, epochs=2)
+""",
+        slow=True,
+    ),
 }
 
 TO_COME = {
-    "Convex Optimization Consensus": "ConvexityController",
     "Federated Consensus": "FederatedConsensusStrategy",
     "Hierarchical Training Strategy": "HierarchicalTrainingPipeline",
-    "Convexity Training Strategy": "ConvexityTrainingStrategy",
-    "Incremental Soup Strategy": "IncrementalSoupStrategy",
     "HuggingFace Consensus Strategy": "HuggingFaceConsensusStrategy",
     "TPU v6e-64 Configuration": "TPUv6eTrainer",
     "TPU v6e Optimizations": "TPUv6ConsensusOptimizer",
