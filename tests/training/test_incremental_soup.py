@@ -194,19 +194,35 @@ def test_weights_are_found_on_the_validation_data(trees, losses):
     assert soup.last_result.value <= np.exp(min(soup.last_weights.losses)) * (1 + 1e-5)
 
 
+def geometric_median(given: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The point of least summed distance over whole trees, by 1,000 Weiszfeld steps in float64."""
+    rows = np.stack([np.concatenate([tree[name].ravel() for name in given[0]]) for tree in given]).astype(np.float64)
+    centre = rows.mean(axis=0)
+    for _ in range(1000):
+        pull = 1 / np.maximum(np.linalg.norm(rows - centre, axis=1), 1e-300)
+        centre = (pull / pull.sum()) @ rows
+    ends = np.cumsum([given[0][name].size for name in given[0]])[:-1]
+    parts = np.split(centre, ends)
+    return {name: part.reshape(given[0][name].shape) for name, part in zip(given[0], parts, strict=True)}
+
+
 @pytest.mark.parametrize("method", ["median", "trimmed_mean", "geometric_median", "vote"])
 def test_a_lie_among_five_does_not_move_a_robust_soup(tmp_path, trees, method):
-    """The median and the vote as in memory; all within the honest range, to 1e-4 of the lie's distance."""
+    """All within the honest range, but the geometric median, which a far lie shifts by a share of the honest spread:
+    that one is its float64 definition to rounding."""
     lie = {name: leaf + 100 for name, leaf in trees[0].items()}
     given: list[Any] = [*trees[:4], lie]
     (tmp_path / "lie.safetensors").write_bytes(tensors_to_bytes(lie))
     soup = soup_of([*trees[:4], tmp_path / "lie.safetensors"], method)
     merged = soup.merge()
-    for name in lie:
-        rows = np.stack([tree[name] for tree in trees[:4]])
-        spread = rows.max(axis=0) - rows.min(axis=0)
-        assert (merged[name] >= rows.min(axis=0) - spread - 1e-2).all()
-        assert (merged[name] <= rows.max(axis=0) + spread + 1e-2).all()
+    if method == "geometric_median":
+        close(merged, geometric_median(given), atol=1e-5)
+    else:
+        for name in lie:
+            rows = np.stack([tree[name] for tree in trees[:4]])
+            spread = rows.max(axis=0) - rows.min(axis=0)
+            assert (merged[name] >= rows.min(axis=0) - spread - 1e-3).all()
+            assert (merged[name] <= rows.max(axis=0) + spread + 1e-3).all()
     assert soup.last_result is not None
     if method == "median":
         close(merged, {name: np.median([tree[name] for tree in given], axis=0) for name in lie})
