@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,18 @@ def test_ignored_interrupts_stay_ignored():
     with interrupts_wait():
         press()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize(("ours", "expected"), [("exit_undisturbed()", ""), ("pass", "KeyboardInterrupt")])
+def test_an_interrupt_while_the_process_ends_tells_nothing(ours, expected):
+    """A clean-up registered before ours, as JAX's is, is interrupted; without ours that prints a traceback."""
+    code = (
+        "import atexit, os, signal, time\n"
+        "from capibara.runtime import exit_undisturbed\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.05)))\n"
+        f"{ours}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == "" if not expected else expected in done.stderr
