@@ -32,12 +32,12 @@ class Setting(NamedTuple):
     vocabulary: int = 4096
     length: int = 128
     batch: int = 8
-    steps: int = 1400
-    tune_steps: int = 200
+    steps: int = 900
+    tune_steps: int = 120
     tune_rate: float = 6e-4
     models: int = 8
-    validation: int = 128
-    test: int = 384
+    validation: int = 96
+    test: int = 288
     seeds: tuple[int, ...] = (0, 1, 2)
     text: tuple[str, ...] = ()
     llama: bool = False

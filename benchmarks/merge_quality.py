@@ -17,7 +17,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,6 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="every kind of cell, tiny, in a temporary folder")
     parser.add_argument("--text", nargs="+", default=(), help="folders or files for the base, instead of old speeches")
     parser.add_argument("--llama", type=Path, help="a Hugging Face folder of a Llama, tuned on three domains")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), help="only these: two processes can share the work")
     given = parser.parse_args(arguments)
     if given.llama and (given.text or given.small):
         parser.error("--llama has texts of its own and a size of its own; leave --text and --small out.")
@@ -229,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif given.table:
         table((Setting(text=tuple(given.text)), LLAMA), HERE / RESULTS, HERE.parent / "docs" / "merge-quality.md")
     else:
-        work(setting, HERE / ".merge_quality", HERE / RESULTS, given.llama)
+        work(setting, HERE / ".merge_quality", HERE / RESULTS, given.llama, given.seeds)
 
 
 def small(folder: Path, setting: Setting) -> None:
@@ -243,14 +244,16 @@ def small(folder: Path, setting: Setting) -> None:
     print((folder / "page.md").read_text())
 
 
-def work(setting: Setting, folder: Path, results_path: Path, llama: Path | None = None) -> None:
-    """Computes every cell that is missing."""
+def work(
+    setting: Setting, folder: Path, results_path: Path, llama: Path | None = None, seeds: Sequence[int] = ()
+) -> None:
+    """Computes every cell that is missing, of these seeds or of all."""
     from capibara.runtime import prepare_process
 
     prepare_process()
     bench = Bench(setting, folder, llama)
     results = Results(results_path, bench)
-    todo = [cell for cell in cells(setting) if cell.name not in results.done]
+    todo = [c for c in cells(setting) if c.name not in results.done and c.seed in (seeds or setting.seeds)]
     if not todo:
         return
     training, merging = hours(bench, todo)
