@@ -170,6 +170,9 @@ MAIN: dict[str, Method] = {
 }
 """The soup table, most important first; the first two are what the others are compared with."""
 
+SLOW = ("quadratic", "direct, in weight space")
+"""Of these, the ones that need gradients; they are computed last."""
+
 REFERENCE: dict[str, Method] = {
     "task arithmetic, scale 0.4": Method(_by_name("task_arithmetic")),
     "task arithmetic, scale chosen": Method(_scaled("task_arithmetic", SCALES, True), lambda m: (len(SCALES), 1)),
