@@ -40,13 +40,13 @@ def gram(rows: Any, weights: Any = None, *, threads: int | None = None) -> np.nd
     """
     given = _rows(rows)
     shares = np.ones(len(given)) if weights is None else _weights(weights, len(given))
-    given = _side_by_side(given, shares)
+    given, threads = _side_by_side(given, shares), _threads(threads)
     found = library()
     if found is None:
         return reference.gram(given, shares)
     out = np.zeros((len(given), len(given)))
     length = len(given[0]) if given else 0
-    found.gram(_addresses(given), _is_bfloat16(given), shares.ctypes.data, length, out.ctypes.data, _threads(threads))
+    found.gram(_addresses(given), _is_bfloat16(given), shares.ctypes.data, length, out.ctypes.data, threads)
     return out
 
 
@@ -83,12 +83,12 @@ def weighted_sum(rows: Any, weights: Any, out: np.ndarray | None = None, *, thre
             f"out must be a writable, contiguous float32[{length}] that shares no memory with the rows; got "
             f"{out.dtype}{list(out.shape)}. Leave it out for a new array."
         )
-    given = _side_by_side(given, shares)
+    given, threads = _side_by_side(given, shares), _threads(threads)
     found = library()
     if found is None:
         return reference.weighted_sum(given, shares, out)
     place = shares.ctypes.data, length, out.ctypes.data
-    found.weighted_sum(_addresses(given), _is_bfloat16(given), *place, _threads(threads))
+    found.weighted_sum(_addresses(given), _is_bfloat16(given), *place, threads)
     return out
 
 
