@@ -58,11 +58,11 @@ class Passes:
         finite = np.ones(m, bool)
         grams, bad = self._products(method, list(range(m)), digests)
         self._take(digests, range(len(self.jobs)))
-        while bad.any() and method.reference in ("median", "three"):
+        while bad.any() and method.reference in ("median", "first"):
             finite &= ~bad
             grams, bad = self._products(method, np.flatnonzero(finite).tolist(), None)
         keep = np.flatnonzero(finite)
-        if method.reference == "three" and not kernels.conditioned(grams[""][np.ix_(keep, keep)]):
+        if method.reference == "first" and not kernels.conditioned(grams[""][np.ix_(keep, keep)]):
             grams, _ = self._products(method._replace(reference="median"), keep.tolist(), None)
         return grams, finite.tolist()
 
