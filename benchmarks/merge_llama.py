@@ -23,11 +23,12 @@ import numpy as np
 from _common import say
 from _merge_bench import LLAMA, Bench
 from _merge_llama import read_llama
-from _merge_text import TEST
+from _merge_text import TEST, VALIDATION
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 COMMAND = Path(sys.executable).parent / "capibara"
+VALIDATION_TEXT = "validation.jsonl"
 LOGITS_OF = "Fellow citizens of the Senate: the model below was merged from three others, and reads like this."
 THEIRS = """
 import sys, numpy, torch, transformers
@@ -55,6 +56,7 @@ def main() -> None:
     names = bench.names("domains")
     for name in names:
         write_folder(bench, given.folder, given.out / name, bench.get(0, name))
+    write_validation(bench, given.out / VALIDATION_TEXT)
     compare(bench, given.folder, given.out, names, given.transformers)
 
 
@@ -64,7 +66,7 @@ def compare(bench: Bench, base: Path, out: Path, names: tuple[str, ...], interpr
     lines = results.read_text().splitlines() if results.exists() else []
     rows = {entry["merge"]: entry for entry in map(json.loads, lines)}
     judge = Judge(bench)
-    for name, options in merges(base, len(names)).items():
+    for name, options in merges(base, len(names), out / VALIDATION_TEXT).items():
         if name in rows:
             continue
         folder, began = (base if name == "base" else out / name), time.monotonic()
@@ -83,20 +85,22 @@ def compare(bench: Bench, base: Path, out: Path, names: tuple[str, ...], interpr
     print(table(list(rows.values())))
 
 
-def merges(base: Path, count: int) -> dict[str, tuple[Any, ...] | None]:
+def merges(base: Path, count: int, validation: Path) -> dict[str, tuple[str | Path, ...] | None]:
     """Row → options of the command; None is a model that is only judged."""
     from capibara.merge.methods import METHODS
 
-    rows: dict[str, tuple[Any, ...] | None] = {"base": None, **{f"domain-{i}": None for i in range(count)}}
+    rows: dict[str, tuple[str | Path, ...] | None] = {"base": None, **{f"domain-{i}": None for i in range(count)}}
     for name, method in METHODS.items():
-        options: tuple[Any, ...] = ("--method", name)
+        options: tuple[str | Path, ...] = ("--method", name)
         if method.base == "must":
             options += ("--base", base)
         if name == "weighted":
             options += ("--weights", "0.5,0.3,0.2")
         if method.per_fault is not None:
-            options += ("--faulty", 0 if method.least + method.per_fault > count else 1)
+            options += ("--faulty", str((count - method.least) // method.per_fault))
         rows[name] = options
+        if name == "uniform":
+            rows["certified weights"] = ("--validation", validation)
     return rows
 
 
@@ -110,9 +114,18 @@ def write_folder(bench: Bench, base: Path, folder: Path, params: dict[str, Any])
     folder.mkdir(exist_ok=True)
     for file in base.glob("*.json"):
         shutil.copy(file, folder)
+    config = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2))
     names = [name for name in read_tensors(base / "model.safetensors") if our_name(name) in params]
     tensors = {n: np.ascontiguousarray(our_array(n, np.asarray(params[our_name(n)], np.float32))) for n in names}
     Files().write_atomic(folder / "model.safetensors", tensors_to_bytes(tensors))
+
+
+def write_validation(bench: Bench, path: Path) -> None:
+    """Held-out text of the three domains that no row is judged on; a sequence is a document."""
+    held = bench.texts.held_out("domains", 0, VALIDATION, bench.setting.validation)
+    texts = [bench.tokenizer.decode(row[mask].tolist()) for row, mask in zip(held["tokens"], held["mask"], strict=True)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 class Judge:
@@ -124,6 +137,7 @@ class Judge:
         from capibara.consensus.evidence import held_out
 
         self.bench = bench
+        assert bench.objective.logits is not None
         self.logits_of = jax.jit(bench.objective.logits)
         self.test = held_out(bench.texts.held_out("domains", 0, TEST, bench.setting.test))
 
