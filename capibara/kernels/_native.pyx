@@ -1,0 +1,101 @@
+# cython: language_level=3
+"""The native kernels for addresses in memory: no checks here, `arrays.py` makes them."""
+
+from cpython.pycapsule cimport PyCapsule_New
+from libc.stdint cimport int64_t, uintptr_t
+from libcpp cimport bool as is_true
+from libcpp.vector cimport vector
+
+
+cdef extern from "table.hpp" namespace "capibara" nogil:
+    cdef enum Dtype:
+        FLOAT32
+        BFLOAT16
+    cdef cppclass Kernels:
+        const char* name
+    const Kernels* const* usable()
+    const Kernels& kernels()
+    is_true use(const char* name)
+
+
+cdef extern from "ffi.hpp" namespace "capibara" nogil:
+    cdef cppclass Handler:
+        const char* name
+        void* function
+    const Handler* handlers()
+
+
+cdef extern from "parallel.hpp" namespace "capibara" nogil:
+    cdef cppclass Threads:
+        Threads(int64_t count) except +
+
+
+cdef extern from "votes.hpp" namespace "capibara" nogil:
+    void run_gram "capibara::gram"(
+        Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, int64_t length, double* out
+    ) except +
+    void run_weighted_sum "capibara::weighted_sum"(
+        Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, int64_t length, float* out
+    ) except +
+
+
+def sets():
+    """Names of the instruction sets that were built and that this machine runs, best first."""
+    names = []
+    cdef const Kernels* const* one = usable()
+    while one[0] != NULL:
+        names.append(one[0].name.decode())
+        one += 1
+    return tuple(names)
+
+
+def current():
+    """The name of the set that runs."""
+    return kernels().name.decode()
+
+
+def choose(str name):
+    """Makes another set run; False where it is not usable."""
+    return use(name.encode())
+
+
+def targets():
+    """Name → capsule, for `jax.ffi.register_ffi_target`."""
+    found = {}
+    cdef const Handler* one = handlers()
+    while one.name != NULL:
+        found[one.name.decode()] = PyCapsule_New(one.function, "xla._CUSTOM_CALL_TARGET", NULL)
+        one += 1
+    return found
+
+
+cdef vector[const void*] pointers(list addresses):
+    cdef vector[const void*] found
+    cdef uintptr_t address
+    for address in addresses:
+        found.push_back(<const void*> address)
+    return found
+
+
+def gram(list rows, bint is_bfloat16, uintptr_t weights, int64_t length, uintptr_t out, int64_t threads):
+    """Writes float64[n, n] at `out`."""
+    cdef vector[const void*] found = pointers(rows)
+    cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
+    cdef Threads* pool = new Threads(threads)
+    try:
+        with nogil:
+            run_gram(pool[0], dtype, found, <const double*> weights, length, <double*> out)
+    finally:
+        del pool
+
+
+def weighted_sum(list rows, bint is_bfloat16, uintptr_t weights, int64_t length, uintptr_t out, int64_t threads):
+    """Writes float32[length] at `out`."""
+    cdef vector[const void*] found = pointers(rows)
+    cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
+    cdef Threads* pool = new Threads(threads)
+    try:
+        with nogil:
+            run_weighted_sum(pool[0], dtype, found, <const double*> weights, length, <float*> out)
+    finally:
+        del pool

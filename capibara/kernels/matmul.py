@@ -1,0 +1,68 @@
+"""A product with what usually stands beside it: transposes, a bias, an activation, another dtype of the result.
+
+Sums are float32 whatever comes in, and the bias and the activation are applied before the result is rounded. The dot
+is XLA's: on CPU its float32 dot reaches about 90 % of a core's peak, which leaves a kernel of our own nothing to win.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from capibara.errors import ConfigError, unknown_name
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
+def optimized_matmul(
+    a: Any,
+    b: Any,
+    *,
+    transpose: tuple[bool, bool] = (False, False),
+    bias: Any = None,
+    activation: str | None = None,
+    out_dtype: Any = None,
+) -> jax.Array:
+    """activation(a · b + bias), summed in float32; differentiable.
+
+    Cost: 2 · M · K · N operations for each leading index of a.
+
+    Args:
+      a: [..., M, K], float32 or bfloat16; [..., K, M] where its transpose is taken.
+      b: [K, N] of the same dtype; [N, K] where its transpose is taken.
+      transpose: Whether to take a's and b's transpose.
+      bias: [N].
+      activation: `relu`, `gelu` (tanh form) or `silu`.
+      out_dtype: Of the result; a's by default.
+
+    Returns:
+      [..., M, N].
+
+    Raises:
+      ConfigError: If shapes or dtypes do not fit, or the activation is unknown.
+
+    Example:
+      >>> optimized_matmul([[1.0, 2.0]], [[3.0], [4.0]], bias=[1.0]).tolist()
+      [[12.0]]
+    """
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    if a.dtype != b.dtype or a.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ConfigError(f"a and b are both float32 or both bfloat16; got {a.dtype} and {b.dtype}.")
+    if a.ndim < 2 or b.ndim != 2 or a.shape[-2 if transpose[0] else -1] != b.shape[1 if transpose[1] else 0]:
+        raise ConfigError(
+            f"a [..., M, K] and b [K, N] do not fit: got {a.shape} and {b.shape} with transpose={tuple(transpose)}."
+        )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ConfigError(unknown_name("activation", activation, ACTIVATIONS))
+    columns = b.shape[0 if transpose[1] else 1]
+    if bias is not None and jnp.shape(bias) != (columns,):
+        raise ConfigError(f"bias has one number for each of the {columns} columns; got shape {jnp.shape(bias)}.")
+    contracted = ((a.ndim - 2 if transpose[0] else a.ndim - 1,), (1 if transpose[1] else 0,))
+    found = jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
+    if bias is not None:
+        found = found + jnp.asarray(bias, jnp.float32)
+    if activation is not None:
+        found = ACTIVATIONS[activation](found)
+    return found.astype(out_dtype or a.dtype)

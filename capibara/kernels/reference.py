@@ -1,0 +1,36 @@
+"""What every backend must equal, in NumPy and float64: slow, plain, and read beside the formulas.
+
+    G[i, j] = Σ_k rows[i, k] · rows[j, k]        s[k] = Σ_i weights[i] · rows[i, k]
+
+A row whose weight is 0 is not read: its row and column of G are 0, and it adds nothing to s, whatever stands in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+BLOCK = 1 << 16
+
+
+def gram(rows: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """float64[n, n] of n rows of equal length."""
+    found = np.zeros((len(rows), len(rows)))
+    (read,) = np.nonzero(weights)
+    for start in range(0, len(rows[0]) if len(rows) else 0, BLOCK):
+        block = np.array([rows[i][start : start + BLOCK] for i in read], np.float64)
+        if len(read):
+            found[np.ix_(read, read)] += block @ block.T
+    return found
+
+
+def weighted_sum(rows: Sequence[np.ndarray], weights: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """float32[d] into `out`, summed in float64 in the order of the rows and rounded once."""
+    for start in range(0, len(out), BLOCK):
+        total = np.zeros(len(out[start : start + BLOCK]))
+        for row, weight in zip(rows, weights, strict=True):
+            if weight != 0:
+                total += weight * row[start : start + BLOCK].astype(np.float64)
+        out[start : start + BLOCK] = total
+    return out

@@ -1,0 +1,52 @@
+// What each kernel is asked to do: plain structs, the same for every instruction set.
+//
+// A kernel is void(const Call&, int64_t task). Its tasks may run in any order and at once: each number is written by one.
+#pragma once
+
+#include <cstdint>
+
+namespace capibara {
+
+// Inner products of rows: task t writes those of its block into the upper triangle of partial[t].
+struct Gram {
+    const void* const* rows;  // n pointers, of any alignment
+    int64_t n, length, block;
+    double* partial;  // [tasks, n, n]
+};
+
+// out = sum of weights[i] * rows[i], summed in float64 and rounded once.
+struct WeightedSum {
+    const void* const* rows;
+    const double* weights;
+    int64_t n, length, block;
+    float* out;
+};
+
+// Arrays are [batch, length, heads, size] with these strides in numbers; the last axis is contiguous.
+struct AttentionArray {
+    void* data;
+    int64_t batch, token, head;
+};
+
+struct AttentionShape {
+    int64_t batch, queries, keys, heads, kv_heads, size;
+    float scale;
+    bool causal;             // query t sees key s where s <= t + keys - queries
+    int64_t window;          // and s > t + keys - queries - window, where window > 0
+    const int32_t* query_segments;  // [batch, queries] or null: only equal segments see each other
+    const int32_t* key_segments;    // [batch, keys]
+};
+
+struct AttentionForward {
+    AttentionShape shape;
+    AttentionArray q, k, v, out;
+    float* partition;  // [batch, heads, queries]: log Σ exp S, +inf for a query that sees nothing
+};
+
+struct AttentionBackward {
+    AttentionShape shape;
+    AttentionArray q, k, v, out, grad, dq, dk, dv;
+    const float* partition;
+};
+
+}  // namespace capibara

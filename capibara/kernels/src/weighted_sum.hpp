@@ -1,0 +1,30 @@
+// The weighted sum of n long rows in one pass, summed in float64 in the order of the rows and rounded once.
+#pragma once
+
+#include "calls.hpp"
+#include "rows.hpp"
+
+namespace CAPIBARA_ISA {
+
+template <class T>
+void weighted_sum(const capibara::WeightedSum& call, int64_t task) {
+    const int64_t first = task * call.block, last = call.length - first < call.block ? call.length : first + call.block;
+    int64_t k = first;
+    for (; k + W <= last; k += W) {
+        Doubles low{}, high{};
+        for (int64_t i = 0; i < call.n; ++i) {
+            const Pair pair = widen(load_row(static_cast<const T*>(call.rows[i]), k));
+            low += pair.low * call.weights[i];
+            high += pair.high * call.weights[i];
+        }
+        const Half half[2] = {__builtin_convertvector(low, Half), __builtin_convertvector(high, Half)};
+        std::memcpy(call.out + k, half, sizeof half);
+    }
+    for (; k < last; ++k) {
+        double total = 0;
+        for (int64_t i = 0; i < call.n; ++i) total += number(static_cast<const T*>(call.rows[i]), k) * call.weights[i];
+        call.out[k] = static_cast<float>(total);
+    }
+}
+
+}  // namespace CAPIBARA_ISA
