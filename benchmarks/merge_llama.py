@@ -55,7 +55,7 @@ def main() -> None:
     bench = Bench(LLAMA, HERE / ".merge_quality", given.folder)
     names = bench.names("domains")
     for name in names:
-        write_folder(bench, given.folder, given.out / name, bench.get(0, name))
+        write_folder(given.folder, given.out / name, bench.get(0, name))
     write_validation(bench, given.out / VALIDATION_TEXT)
     compare(bench, given.folder, given.out, names, given.transformers)
 
@@ -104,7 +104,7 @@ def merges(base: Path, count: int, validation: Path) -> dict[str, tuple[str | Pa
     return rows
 
 
-def write_folder(bench: Bench, base: Path, folder: Path, params: dict[str, Any]) -> None:
+def write_folder(base: Path, folder: Path, params: dict[str, Any]) -> None:
     """A fine-tune as float32 under Llama's names, with the files of its base beside it."""
     from capibara.files import Files, read_tensors, tensors_to_bytes
     from capibara.hf.llama import our_array, our_name
