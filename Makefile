@@ -48,8 +48,8 @@ test-peers: peers
 clean:
 	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .hypothesis build dist
 
-# A stamp file per layer; a changed pyproject.toml makes them all out of date.
-.venv/made-base: pyproject.toml
+# A stamp file per layer; a changed pyproject.toml or native kernel makes them all out of date.
+.venv/made-base: pyproject.toml CMakeLists.txt $(wildcard capibara/kernels/*.pyx capibara/kernels/src/*)
 	@echo '== making .venv: JAX and the packages of pyproject.toml (some minutes the first time)'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python $(PIP) --upgrade 'pip>=25.1'

@@ -2,6 +2,7 @@
 
 `CAPIBARA_DATA` may name a folder of further real text; without it the tests that use it skip.
 `CAPIBARA_SPEC` may name the specification; see tests/spec/.
+`CAPIBARA_KERNELS` may force an instruction set of the native kernels, or turn them off with 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 import threadpoolctl
 
 TESTS = Path(__file__).parent
-KEPT = ("CAPIBARA_DATA", "CAPIBARA_SPEC")
+KEPT = ("CAPIBARA_DATA", "CAPIBARA_SPEC", "CAPIBARA_KERNELS")
 STRICT = ("consensus", "core")
 """Folders of tests under strict dtype promotion. Not the others: optax 0.2.8 raises a float to an integer power
 (`optax.tree.bias_correction`), which strict promotion refuses."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from capibara.errors import ConfigError, unknown_name
 
@@ -57,8 +58,8 @@ def optimized_matmul(
     if activation is not None and activation not in ACTIVATIONS:
         raise ConfigError(unknown_name("activation", activation, ACTIVATIONS))
     columns = b.shape[0 if transpose[1] else 1]
-    if bias is not None and jnp.shape(bias) != (columns,):
-        raise ConfigError(f"bias has one number for each of the {columns} columns; got shape {jnp.shape(bias)}.")
+    if bias is not None and np.shape(bias) != (columns,):
+        raise ConfigError(f"bias has one number for each of the {columns} columns; got shape {np.shape(bias)}.")
     contracted = ((a.ndim - 2 if transpose[0] else a.ndim - 1,), (1 if transpose[1] else 0,))
     found = jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
     if bias is not None:

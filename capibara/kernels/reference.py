@@ -17,7 +17,7 @@ BLOCK = 1 << 16
 def gram(rows: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
     """float64[n, n] of n rows of equal length."""
     found = np.zeros((len(rows), len(rows)))
-    (read,) = np.nonzero(weights)
+    read = np.flatnonzero(weights).tolist()
     for start in range(0, len(rows[0]) if len(rows) else 0, BLOCK):
         block = np.array([rows[i][start : start + BLOCK] for i in read], np.float64)
         if len(read):

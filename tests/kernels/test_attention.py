@@ -167,7 +167,7 @@ def test_nothing_in_gives_nothing_out():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     (
-        ({"k": np.ones((1, 4, 3, 8), np.float32), "v": np.ones((1, 4, 3, 8), np.float32)}, "2 query heads cannot share 3"),
+        (dict.fromkeys("kv", np.ones((1, 4, 3, 8), np.float32)), "2 query heads cannot share 3"),
         ({"k": np.ones((1, 4, 2, 4), np.float32)}, "needs q"),
         ({"q": np.ones((1, 4, 2, 8), np.int32)}, "all float32 or all bfloat16"),
         ({"window": 0}, "window is 1 or more"),

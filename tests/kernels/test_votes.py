@@ -100,7 +100,8 @@ def test_any_layout_is_read_right(forced: str, dtype: str, tmp_path: Path):
         buffer[1:] = row.view(np.uint8)
         odd.append(np.frombuffer(buffer, row.dtype, len(row), offset=1))
     rows.tofile(tmp_path / "rows")
-    mapped = np.memmap(tmp_path / "rows", np.uint16 if size == 2 else np.float32, "r", shape=rows.shape).view(rows.dtype)
+    stored = np.uint16 if size == 2 else np.float32
+    mapped = np.memmap(tmp_path / "rows", stored, "r", shape=rows.shape).view(rows.dtype)
     spread = np.repeat(rows, 2, axis=1)[:, ::2]
     views = {"spread": spread, "fortran": np.asfortranarray(rows), "odd": odd, "mapped": mapped, "list": list(rows)}
     wanted = arrays.gram(rows, WEIGHTS), arrays.weighted_sum(rows, WEIGHTS)
@@ -160,7 +161,7 @@ def test_nan_and_infinity_of_rows_that_count_are_kept(forced: str):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", SIZES)
 def test_jitted_code_gives_the_same(length: int, dtype: str):
-    """float32 weights and a float32 Gram matrix: one rounding of 2⁻²⁴ more. Plain JAX, where it runs, sums in float32."""
+    """float32 weights and a float32 Gram matrix: one rounding of 2⁻²⁴ more. Plain JAX sums in float32."""
     rows, weights = stack_of(length, dtype), np.float32(WEIGHTS)
     stack = jnp.asarray(rows)
     check_gram(np.asarray(jax.jit(jitted.gram)(stack, weights)), rows, weights, 2**-24 if SETS else 1e-5)
