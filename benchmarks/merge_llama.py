@@ -34,10 +34,13 @@ THEIRS = """
 import sys, numpy, torch, transformers
 transformers.logging.set_verbosity_error()
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], dtype=torch.float32, output_loading_info=True
+)
+assert not any(report.values()), report
 ids = tokenizer(sys.argv[3], return_tensors="pt", add_special_tokens=False).input_ids
 with torch.no_grad():
-    numpy.savez(sys.argv[2], ids=ids.numpy(), logits=model(ids).logits.numpy())
+    numpy.savez(sys.argv[2], ids=ids.numpy(), logits=model.eval()(ids).logits.numpy())
 """
 
 
