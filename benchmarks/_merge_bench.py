@@ -63,7 +63,7 @@ SMALL = Setting(
 """Shows that everything runs; its losses mean nothing."""
 
 LLAMA = Setting(
-    length=256, batch=4, tune_steps=60, tune_rate=1e-4, models=3, validation=30, test=90, seeds=(0,), llama=True
+    length=128, batch=4, tune_steps=24, tune_rate=1e-4, models=3, validation=24, test=36, seeds=(0,), llama=True
 )  # fmt: skip
 """Three domains from one pretrained model; its shape and vocabulary are its own."""
 

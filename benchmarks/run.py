@@ -37,6 +37,7 @@ BENCHMARKS = {
     "stacked": MAIN,
     "merge_files": MAIN,
     "soups": MAIN,
+    "attention": WITH_PEERS,
     "step_vs_torch": WITH_PEERS,
     "vote": WITH_PEERS,
 }

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from capibara.merge.methods import METHODS
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-LONG = {"quality", "merge_quality"}
+LONG = {"quality", "merge_quality", "merge_llama"}
 """Scripts of hours, run on their own."""
 
 
@@ -83,6 +87,30 @@ def test_what_others_are_compared_with_is_computed_before_them(merges):
         before = {(c.family, c.row, c.seed) for c in cells[:place] if c.part == cell.part}
         bases = [base for base in merges.BASES[cell.part] if cell.row not in merges.BASES[cell.part]]
         assert before >= {(cell.family, base, cell.seed) for base in bases}
+
+
+@pytest.mark.slow
+def test_the_command_takes_every_row_of_the_merged_llama(merges, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What the benchmark writes as Llama's folder is read back as the same model."""
+    from capibara.cli import main
+
+    bench, llama = importlib.import_module("merge_llama"), importlib.import_module("_merge_llama")
+    llama.write_random_llama(tmp_path / "base")
+    params, inputs = llama.read_llama(tmp_path / "base")[1], []
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Fellow citizens. " * 20}) + "\n")
+    for i in range(3):
+        tuned = {name: leaf + np.float32(0.01 * (i + 1)) for name, leaf in params.items()}
+        bench.write_folder(tmp_path / "base", tmp_path / f"tuned{i}", tuned)
+        read = llama.read_llama(tmp_path / f"tuned{i}")[1]
+        assert read.keys() == tuned.keys() and all(np.array_equal(read[name], tuned[name]) for name in tuned)
+        inputs.append(str(tmp_path / f"tuned{i}"))
+    rows = bench.merges(tmp_path / "base", 3, tmp_path / "text.jsonl")
+    commands = {name: options for name, options in rows.items() if options is not None}
+    assert len(commands) == len(METHODS) + 1
+    for name, options in commands.items():
+        with pytest.raises(SystemExit) as caught:
+            main(["merge", *inputs, "-o", str(tmp_path / f"merged {name}"), *map(os.fspath, options)])
+        assert caught.value.code == 0, name
 
 
 def test_the_page_on_merges_counts_seeds_whose_interval_clears_zero(merges, tmp_path: Path):

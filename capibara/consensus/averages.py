@@ -143,10 +143,12 @@ class Average:
                 continue
             out = np.empty(mean.shape, new.dtype)
             for part, old, come in _blocks(out.reshape(-1), mean.reshape(-1), new.reshape(-1)):
-                step = come.astype(np.float32) - old
+                step = part if part.dtype == np.float32 else np.empty(part.shape, np.float32)
+                np.subtract(come.astype(np.float32, copy=False), old, out=step)
                 step *= share
                 step += old
-                part[...] = step
+                if step is not part:
+                    part[...] = step
             leaves.append(out)
         return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
@@ -196,7 +198,7 @@ def _towards(mean: np.ndarray, new: np.ndarray, share: float, weight: float, squ
     step_share = np.float32(share)
     kept = len(squares) == len(mean) and weight > 0
     for old, come, square in _blocks(mean, new, squares if kept else mean):
-        gap = come.astype(np.float32) - old
+        gap = come.astype(np.float32, copy=False) - old
         step = gap * step_share
         old += step
         if kept:

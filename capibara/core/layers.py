@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from capibara.kernels.attention import fast_attention, masked_attention
+
 
 @jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -69,25 +71,25 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Grouped-query attention: query [B, T, N, H], key and value [B, S, K, H], allowed bool[B, T, S] → [B, T, N, H].
+    """Grouped-query attention: query [B, T, N, H], key and value [B, S, K, H] → [B, T, N, H]; softmax in float32.
 
-    The N/K query heads of a group stand below each other, so that keys and values are never repeated and each product
-    is one batched dot. Scores and softmax in float32. A row of `allowed` without a True gives a mean that no loss sees.
+    Args:
+      query: See above.
+      key: See above.
+      value: See above.
+      allowed: int[B, T], the documents of a training batch: a token sees itself and what stands before it in its own
+        (`causal_segments`), and no mask is made. Or bool[B, T, S], any mask.
     """
-    B, T, N, H = query.shape
-    S, K = key.shape[1], key.shape[2]
-    stacked = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
-    keys, values = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (key, value))
-    scores = _batched(stacked, keys, 2).reshape(B, K, N // K, T, S) * H**-0.5
-    scores = scores + jnp.where(allowed, 0.0, -1e30)[:, None, None]
-    shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    weights = (shares / shares.sum(-1, keepdims=True)).astype(value.dtype)
-    mixed = _batched(weights.reshape(B * K, N // K * T, S), values, 1).astype(value.dtype)
-    return mixed.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    if allowed.ndim == 2:
+        return fast_attention(query, key, value, causal=True, segment_ids=allowed)
+    return masked_attention(query, key, value, allowed[:, None])
 
 
 def causal_segments(segments: jax.Array) -> jax.Array:
-    """bool[B, T, T]: a token sees itself and what stands before it in its own document; segment 0 is padding."""
+    """bool[B, T, T]: a token sees itself and what stands before it in its own document; segment 0 is padding.
+
+    The mask that segments stand for, for blocks that need one.
+    """
     T = segments.shape[1]
     causal = jnp.tril(jnp.ones((T, T), bool))
     return causal & (segments[:, :, None] == segments[:, None, :])
@@ -97,7 +99,8 @@ class AttentionBlock(nnx.Module):
     """Pre-norm grouped-query attention, then pre-norm SwiGLU; the block kind `attention`.
 
     A block of another kind has the same `__init__(config, rngs)` and `__call__(x, positions, allowed, cache)`, where
-    `cache` is None, or `(keys, values, length)` of generation; it returns `(x, cache)`.
+    `allowed` is int[B, T] segments (see `attention`) or in generation a mask bool[B, T, S], and `cache` is None, or
+    `(keys, values, length)` of generation; it returns `(x, cache)`.
     """
 
     def __init__(self, config: Any, rngs: nnx.Rngs):
@@ -138,10 +141,6 @@ def _dot(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(
         x, kernel, (((x.ndim - 1,), (axis - 1,)), ((), ())), preferred_element_type=jnp.float32
     )
-
-
-def _batched(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 def _matrix(rngs: nnx.Rngs, shape: tuple[int, int], scale: float) -> nnx.Param:

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from capibara.core.config import ModelConfig, ModularConfig
-from capibara.core.layers import AttentionBlock, causal_segments, rms_norm
+from capibara.core.layers import AttentionBlock, rms_norm
 from capibara.core.loss import head_loss, head_losses
 from capibara.errors import ConfigError, unknown_name
 from capibara.files import Files, read_tensors, tensors_to_bytes
@@ -67,7 +67,7 @@ class ModularCapibaraModel(nnx.Module):
         B, T = tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        allowed = causal_segments(jnp.ones((B, T), jnp.int32) if segments is None else segments)
+        allowed = jnp.ones((B, T), jnp.int32) if segments is None else segments
         x = self.embedding[...].astype(self.config.dtype)[tokens]
         for block in self.blocks:
             call = recomputed if self.gradient_checkpointing else _output

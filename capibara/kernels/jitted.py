@@ -35,8 +35,8 @@ def gram(stack: jax.Array, weights: jax.Array) -> jax.Array:
 def weighted_sum(stack: jax.Array, weights: jax.Array) -> jax.Array:
     """Σ weights[i] · stack[i] in float32[d], of float32[n, d] or bfloat16[n, d].
 
-    Rows of weight 0 are not read on a CPU. The native kernel sums in float64 and rounds once; plain JAX in float32.
-    Not differentiable.
+    Rows of weight 0 are not read on a CPU. The native kernel sums in float64 and rounds once, plain JAX sums in
+    float32. Not differentiable.
     """
     _check(stack, weights)
 

@@ -1,6 +1,7 @@
 """What a merge has finished, line by line, so that the same command goes on after any death.
 
     {"identity": …}                              what is merged, how, from which files
+    {"validation": …}                            the weights found on text, and what is certain of them
     {"gram": …}                                  what a first pass over the inputs found
     {"tensor": name, "digest": …, "inputs": […]} a tensor whose bytes are on the medium
 
@@ -45,7 +46,7 @@ class Journal:
             raise
 
     def _open(self, identity: str) -> bool:
-        lines, whole = _read(self.path)
+        lines, whole = read_journal(self.path)
         if lines and lines[0].get("identity") == identity:
             if whole < self.path.stat().st_size:
                 self.files.truncate(self.path, whole)
@@ -70,7 +71,7 @@ class Journal:
             self._lock = -1
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines up to the first that is torn or damaged, and their bytes."""
     raw = path.read_bytes() if path.is_file() else b""
     lines, whole = [], 0

@@ -2,7 +2,7 @@
 
     linear        Σᵢ cᵢ θᵢ + s · median          one float32 multiply and add a number, in the order of the inputs
     coordinate    median, trimmed mean           a sorting network of minima and maxima
-    gram          ⟨θᵢ − r, θⱼ − r⟩               float64, r the median, a base model, or zero
+    gram          ⟨θᵢ − r, θⱼ − r⟩               float64 sums of short float32 ones; r the median, a base model, or zero
 
 NumPy fuses no multiply into an add, so the same inputs give the same bits on every machine. A jitted XLA kernel is
 2–3 times as fast on a core, but the disk is the limit either way, and importing JAX costs 150 MB and a second.
@@ -11,21 +11,24 @@ NumPy fuses no multiply into an add, so the same inputs give the same bits on ev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 
-from capibara.consensus.comparators import comparators
 from capibara.merge.cast import decode
+from capibara.merge.middles import middle
 
 TILE_BYTES = 2**21
 """Of the decoded rows that a kernel holds at once: they stay in a core's second-level cache."""
 
 GRAM_COLUMNS = 2**12
-"""Columns of one product: 8 float64 rows of this length stay in a core's cache."""
+"""Columns of one product: 8 rows of this length stay in a core's cache. In float32 a sum of so many products is good to
+1e-6 of the lengths it is made from, and the rows are differences already."""
 
-LOST = 2.0**-30
-"""A squared distance below this share of the squared lengths it comes from has lost more digits than it may."""
+SMALL = 2.0**-60
+"""Squared lengths of a tile below this are taken in float64: squares below 2⁻¹²⁶ lose digits in float32."""
+
+LOST = 2.0**-10
+"""A squared distance below this share of the squared lengths it comes from has lost half its float32 digits."""
 
 
 class Rows:
@@ -84,12 +87,12 @@ def mean(rows: Rows, first: int, last: int, name: str) -> np.ndarray:
     return total
 
 
-def linear(coefficients: Callable[[str], np.ndarray], middle: float = 0.0, keep: Sequence[int] = ()) -> Kernel:
+def linear(coefficients: Callable[[str], np.ndarray], share: float = 0.0, keep: Sequence[int] = ()) -> Kernel:
     """Σᵢ cᵢ θᵢ, c by tensor; an input with coefficient 0 contributes nothing, whatever it holds.
 
     Args:
       coefficients: Name of a tensor → c[n].
-      middle: Share of the coordinate-wise median, in a vote.
+      share: Of the coordinate-wise median, in a vote.
       keep: Inputs that the median is of.
     """
 
@@ -97,8 +100,8 @@ def linear(coefficients: Callable[[str], np.ndarray], middle: float = 0.0, keep:
         c = coefficients(name)
         total, part = rows.room("total", last - first), rows.room("part", last - first)
         total[...] = 0
-        if middle:
-            np.multiply(median(rows, first, last, name, keep), total.dtype.type(middle), out=total)
+        if share:
+            np.multiply(median(rows, first, last, name, keep), total.dtype.type(share), out=total)
         for i in np.flatnonzero(c):
             np.multiply(rows.row(int(i), first, last), total.dtype.type(c[i]), out=part)
             np.add(total, part, out=total)
@@ -110,14 +113,14 @@ def linear(coefficients: Callable[[str], np.ndarray], middle: float = 0.0, keep:
 def median(rows: Rows, first: int, last: int, name: str, keep: Sequence[int] | None = None) -> np.ndarray:
     """The middle number of every coordinate, or the mean of the two middle ones; of the inputs in `keep`, or all."""
     m = rows.num_inputs if keep is None else len(keep)
-    return _middle(rows, first, last, (m - 1) // 2, m // 2 + 1, keep)
+    return middle(rows, first, last, (m - 1) // 2, m // 2 + 1, keep)
 
 
 def trimmed_mean(trim: int) -> Kernel:
     """The mean of what is left of every coordinate without the `trim` lowest and highest."""
 
     def combine(rows: Rows, first: int, last: int, name: str) -> np.ndarray:
-        return _middle(rows, first, last, trim, rows.num_inputs - trim, None)
+        return middle(rows, first, last, trim, rows.num_inputs - trim, None)
 
     return combine
 
@@ -130,82 +133,87 @@ def gram(rows: Rows, first: int, last: int, keep: Sequence[int], reference: str 
       first: First number of the tile.
       last: One past its last.
       keep: Inputs that take part.
-      reference: `zero`; `median`, coordinate-wise; `three`, the middle of the first, the middle and the last row, which
-        is cheaper and as good unless two of the three are liars; or the number of the input that the others are changes
-        of.
+      reference: `zero`; `median`, coordinate-wise; `first`, the first row, which is cheaper, and as good unless it is
+        far from the others (`conditioned`); or the number of the input that the others are changes of.
 
     Returns:
-      float64[m, m] of the m kept rows, and bool[m], the rows with a number that is not finite (then the products count
-      for nothing).
+      float64[m, m] of the m kept rows (with `first` to about 1e-6 of the product of two lengths), and bool[m], the rows
+      with a number that is not finite (then the products count for nothing).
     """
-    count, m = last - first, len(keep)
-    deltas = rows.room(("deltas", m), m * count, np.float64).reshape(m, count)
-    if reference == "median" or (reference == "three" and m < 4):
-        middle = median(rows, first, last, "", keep)
-    elif reference == "three":
-        middle = median(rows, first, last, "", (keep[0], keep[m // 2], keep[-1]))
-    elif reference == "zero":
-        middle = None
-    else:
-        middle = rows.row(int(reference), first, last, room="reference", own=True)
-    gap = rows.room("gap", count)
-    for k, i in enumerate(keep):
-        row = rows.row(i, first, last)
-        deltas[k] = row if middle is None else np.subtract(row, middle, out=gap)
+    m = len(keep)
     with np.errstate(invalid="ignore", over="ignore"):
-        parts = [_products(deltas[:, k : k + GRAM_COLUMNS]) for k in range(0, count, GRAM_COLUMNS)]
-        products = np.sum(parts, axis=0) if parts else np.zeros((m, m))
+        if reference == "first":
+            deltas, products = _from_first(rows, first, last, keep)
+        else:
+            deltas, products = _from_reference(rows, first, last, keep, reference)
     if np.isfinite(products).all():
         return products, np.zeros(m, bool)
     bad = np.array([not np.isfinite(rows.row(i, first, last)).all() for i in keep])
-    return np.zeros((m, m)), bad if bad.any() else np.array([not np.isfinite(delta).all() for delta in deltas])
+    if not bad.any():  # a difference of finite numbers that is too large
+        bad[m - len(deltas) :] = ~np.isfinite(deltas).all(axis=1)
+    return np.zeros((m, m)), bad
+
+
+def _from_reference(
+    rows: Rows, first: int, last: int, keep: Sequence[int], reference: str | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The differences of all rows and their products, float64."""
+    count = last - first
+    if reference == "zero":
+        centre = None
+    elif reference == "median":
+        centre = median(rows, first, last, "", keep)
+    else:
+        centre = rows.row(int(reference), first, last, room="reference", own=True)
+    deltas = rows.room(("deltas", len(keep)), len(keep) * count, np.float64).reshape(len(keep), count)
+    gap = rows.room("gap", count)
+    for k, i in enumerate(keep):
+        row = rows.row(i, first, last)
+        deltas[k] = row if centre is None else np.subtract(row, centre, out=gap)
+    return deltas, _summed(deltas)
+
+
+def _from_first(rows: Rows, first: int, last: int, keep: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The differences of all rows but the first and the products of all, in the rows' precision where that will do."""
+    m, count = len(keep), last - first
+    deltas = rows.room(("short", m), (m - 1) * count).reshape(m - 1, count)
+    centre = rows.row(keep[0], first, last, room="reference", own=True)
+    for k, i in enumerate(keep[1:]):
+        np.subtract(rows.row(i, first, last), centre, out=deltas[k])
+    products = _summed(deltas)
+    if deltas.dtype == np.float32 and not _kept_by_float32(products, deltas):
+        products = _summed(deltas.astype(np.float64))
+    return deltas, np.pad(products, ((1, 0), (1, 0)))
 
 
 def conditioned(gram: np.ndarray) -> bool:
-    """Whether the squared distances of the rows keep enough digits of the products they are made from."""
+    """Whether most squared distances of the rows keep enough digits of the products they are made from."""
     squared = np.diagonal(gram)
     distances = squared[:, None] + squared[None, :] - 2 * gram
     others = distances[~np.eye(len(gram), dtype=bool)]
-    return bool(np.median(others) > LOST * squared.max()) if others.size and squared.max() > 0 else True
+    return bool(np.median(others) > LOST * np.median(squared)) if others.size and squared.max() > 0 else True
+
+
+def _summed(deltas: np.ndarray) -> np.ndarray:
+    """deltas · deltasᵀ: `GRAM_COLUMNS` products are summed in the dtype of the deltas, those sums in float64."""
+    total = np.zeros((len(deltas), len(deltas)))
+    for k in range(0, deltas.shape[1], GRAM_COLUMNS):
+        total += _products(deltas[:, k : k + GRAM_COLUMNS])
+    return total
 
 
 def _products(deltas: np.ndarray) -> np.ndarray:
     """deltas · deltasᵀ. Not in one call: NumPy would take BLAS's `syrk`, three times as slow for few long rows."""
-    products = np.empty((len(deltas), len(deltas)))
+    products = np.empty((len(deltas), len(deltas)), deltas.dtype)
+    if not len(deltas):
+        return products
     np.matmul(deltas, deltas[0], out=products[:, 0])
     np.matmul(deltas, deltas[1:].T, out=products[:, 1:])
     return products
 
 
-def _middle(rows: Rows, first: int, last: int, low: int, high: int, keep: Sequence[int] | None) -> np.ndarray:
-    """The mean of the sorted positions low … high − 1 of every coordinate."""
-    chosen = range(rows.num_inputs) if keep is None else keep
-    values = [rows.row(i, first, last, room=("sorted", k), own=True) for k, i in enumerate(chosen)]
-    spare = rows.room(("sorted", "spare"), last - first)
-    for i, j, lower, upper in _steps(len(values), low, high):
-        if lower and upper:
-            np.minimum(values[i], values[j], out=spare)
-            np.maximum(values[i], values[j], out=values[j])
-            values[i], spare = spare, values[i]
-        elif lower:
-            np.minimum(values[i], values[j], out=values[i])
-        else:
-            np.maximum(values[i], values[j], out=values[j])
-    total = values[low]
-    for k in range(low + 1, high):
-        np.add(total, values[k], out=total)
-    if high - low > 1:
-        np.divide(total, total.dtype.type(high - low), out=total)
-    return total
-
-
-@lru_cache(maxsize=16)
-def _steps(count: int, low: int, high: int) -> tuple[tuple[int, int, bool, bool], ...]:
-    """The comparators whose results reach the positions low … high − 1, each with which of its two results do."""
-    needed, steps = set(range(low, high)), []
-    for i, j in reversed(comparators(count)):
-        lower, upper = i in needed, j in needed
-        if lower or upper:
-            steps.append((i, j, lower, upper))
-            needed |= {i, j}
-    return tuple(reversed(steps))
+def _kept_by_float32(products: np.ndarray, deltas: np.ndarray) -> bool:
+    """Whether no square was too large for float32, and none that matters too small."""
+    squared = np.diagonal(products)
+    lost = squared < SMALL
+    return bool(np.isfinite(products).all()) and not deltas[lost].any()

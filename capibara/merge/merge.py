@@ -22,7 +22,7 @@ from capibara import __version__
 from capibara.consensus.certificate import canonical, digest_over
 from capibara.errors import ConfigError, DataError, RunError
 from capibara.files import Files
-from capibara.merge.journal import LOCK, NAME, Journal
+from capibara.merge.journal import LOCK, NAME, Journal, read_journal
 from capibara.merge.layout import INDEX, WEIGHTS, lay_out
 from capibara.merge.methods import Decision, Method, decide, method_of
 from capibara.merge.output import Output, out_of_room
@@ -74,15 +74,15 @@ def merge(
     checkpoints = [open_checkpoint(path) for path in (*recipe.inputs, *([recipe.base] if recipe.base else []))]
     maps = {i: read_map(path) for i, path in recipe.vocabulary_maps.items()}
     jobs = plan_jobs(checkpoints, dtype=DTYPES[recipe.dtype] if recipe.dtype else None, vocabulary=maps)
+    work = out.with_name(f".{out.name}.merging")
     validation: dict[str, Any] | None = None
     if recipe.validation is not None:
         from capibara.merge.validation import weigh
 
-        recipe, validation = weigh(recipe, checkpoints)
+        recipe, validation = weigh(recipe, checkpoints, _stamps(checkpoints), _validations(out, work))
     identity = _identity(recipe, checkpoints)
     if out.exists():
         return _found(out, identity, files or Files())
-    work = out.with_name(f".{out.name}.merging")
     try:
         journal = Journal(work, identity, files or Files())
     except OSError as error:
@@ -120,6 +120,8 @@ class _Merge:
         layout = lay_out(self.jobs, self.recipe.shard_size, metadata)
         before = _stamps(self.checkpoints)
         try:
+            if self.validation is not None and not any("validation" in line for line in self.journal.lines):
+                self.journal.append([{"validation": json.dumps(self.validation)}])
             output = Output(self.journal, layout, self.files)
         except OSError as error:
             self.files.remove(self.work)  # what did not fit must not keep the room
@@ -261,6 +263,21 @@ def _identity(recipe: Recipe, checkpoints: list[Checkpoint]) -> str:
     return blake3(canonical(content)).hexdigest()
 
 
+def _validations(out: Path, work: Path) -> list[dict[str, Any]]:
+    """What earlier commands found on text: in the journal of a killed merge, or beside a finished one."""
+    records: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError, TypeError):
+        found = (line["validation"] for line in read_journal(work / NAME)[0] if "validation" in line)
+        records += [dict(json.loads(text)) for text in found]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        records.append(dict(json.loads(_record_path(out).read_text(encoding="utf-8"))["validation"]))
+    return records
+
+
+def _record_path(out: Path) -> Path:
+    return out / RECORD if out.is_dir() else out.with_name(f"{out.name}.{RECORD}")
+
+
 def _stamps(checkpoints: list[Checkpoint]) -> list[list[Any]]:
     """Path, size and time of every file of weights: when one of them changes, the merge is another."""
     stamps = []
@@ -278,9 +295,8 @@ def _tidy(out: Path, files: Files) -> None:
 
 def _found(out: Path, identity: str, files: Files) -> Report:
     """The report of an output that a killed process had just finished; anything else is not touched."""
-    record_path = out / RECORD if out.is_dir() else out.with_name(f"{out.name}.{RECORD}")
     try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
+        record = json.loads(_record_path(out).read_text(encoding="utf-8"))
         if record["identity"] == identity:
             if out.is_dir():
                 _tidy(out, files)

@@ -30,7 +30,7 @@ class Method(NamedTuple):
       about: One clause for the help and the card.
       gram: None, or whether products are taken over the `whole` models or over `each` tensor.
       reference: What the products are of the differences from: `base` for the base model, if there is one, `median`, or
-        `three` for rules that the reference does not matter to.
+        `first` for rules that the reference does not matter to.
       weights: Whether it takes weights.
       least: Fewest inputs.
       most: Most inputs; None for any number.
@@ -52,7 +52,7 @@ class Method(NamedTuple):
     whole_tensors: bool = False
 
 
-def _vote(about: str, reference: str = "three", least: int = 1) -> Method:
+def _vote(about: str, reference: str = "first", least: int = 1) -> Method:
     return Method(about, WHOLE, reference, least=least, per_fault=2)
 
 

@@ -7,6 +7,7 @@ products are summed, which is fixed by the number of inputs and their types.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from capibara.errors import ConfigError, DataError
 from capibara.merge import kernels
 from capibara.merge.cast import Rounding, is_finite
-from capibara.merge.methods import METHODS, WHOLE, Decision, Method, one_pass
+from capibara.merge.methods import METHODS, WHOLE, Decision, Method, decide, one_pass
 from capibara.merge.output import Output
 from capibara.merge.plan import Job
 from capibara.merge.recipe import Recipe
@@ -56,13 +57,16 @@ class Passes:
         """
         m, digests = len(self.recipe.inputs), Digests()
         finite = np.ones(m, bool)
-        grams, bad = self._products(method, list(range(m)), digests)
+        with ThreadPoolExecutor(1) as pool:
+            if method.reference in ("median", "first"):  # JAX starts, and compiles the vote, while the files are read
+                pool.submit(decide, self.recipe, {"": np.eye(m)}, [True] * m)
+            grams, bad = self._products(method, list(range(m)), digests)
         self._take(digests, range(len(self.jobs)))
-        while bad.any() and method.reference in ("median", "three"):
+        while bad.any() and method.reference in ("median", "first"):
             finite &= ~bad
             grams, bad = self._products(method, np.flatnonzero(finite).tolist(), None)
         keep = np.flatnonzero(finite)
-        if method.reference == "three" and not kernels.conditioned(grams[""][np.ix_(keep, keep)]):
+        if method.reference == "first" and not kernels.conditioned(grams[""][np.ix_(keep, keep)]):
             grams, _ = self._products(method._replace(reference="median"), keep.tolist(), None)
         return grams, finite.tolist()
 

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
+from capibara import __version__
+from capibara.consensus.certificate import canonical
 from capibara.errors import ConfigError, DataError
 from capibara.merge.recipe import Recipe
 from capibara.merge.stream import Reader
@@ -34,8 +37,16 @@ STRENGTH = 0.01
 """λ of the pull to equal weights."""
 
 
-def weigh(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[Recipe, dict[str, Any]]:
+def weigh(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], stamps: Sequence[Any], before: Sequence[dict[str, Any]] = ()
+) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with the weights found, and what is certain of them, as `merge.json` records it.
+
+    Args:
+      recipe: With the text.
+      checkpoints: Its inputs, opened.
+      stamps: What tells their files from others of the same name.
+      before: What earlier commands found. What one of them found for the same question is not computed again.
 
     Raises:
       ConfigError: If the recipe says how to weigh already, or an input is no model that can be run.
@@ -53,6 +64,10 @@ def weigh(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[Recipe, di
     config = _config(checkpoints[0])
     model = ModularCapibaraModel(config)
     batch = _batch(recipe.validation, checkpoints[0], config)
+    question = _question(batch, config, stamps)
+    for record in before:
+        if record.get("question") == question:
+            return replace(recipe, method="weighted", weights=tuple(record["weights"]), validation=None), record
     trees = _Trees(checkpoints)
     found = find_weights(
         trees,
@@ -72,8 +87,18 @@ def weigh(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> tuple[Recipe, di
         "tokens": int(batch["mask"].sum()),
         "sequences": len(batch["mask"]),
         "summary": found.summary(),
+        "question": question,
+        "weights": list(weights),
     }
     return replace(recipe, method="weighted", weights=weights, validation=None), record
+
+
+def _question(batch: dict[str, np.ndarray], config: Any, stamps: Sequence[Any]) -> str:
+    """A digest of all that decides the weights: the sequences, the models, and how they are run."""
+    hasher = blake3(canonical([__version__, config.model_dump(mode="json"), STRENGTH, list(stamps)]))
+    for name in sorted(batch):
+        hasher.update(np.ascontiguousarray(batch[name]).tobytes())
+    return hasher.hexdigest()
 
 
 class _Trees(Sequence[Any]):

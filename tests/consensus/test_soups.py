@@ -108,6 +108,22 @@ def test_a_candidate_is_the_mean_that_it_would_become():
     jax.tree.map(np.testing.assert_array_equal, candidate, average.mean())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
+def test_a_candidate_is_rounded_once_and_changes_nothing_it_was_made_from(dtype):
+    rng = np.random.default_rng(3)
+    models = [{"w": rng.normal(size=70_001).astype(dtype)} for _ in range(3)]  # more than a block
+    average = Average()
+    for model in models[:2]:
+        average.add(model)
+    before, given = average.mean()["w"].tobytes(), models[2]["w"].tobytes()
+    first, second, third = (model["w"].astype(np.float32) for model in models)
+    mean = first + (second - first) * np.float32(1 / 2)
+    candidate = average.with_one_more(models[2])["w"]
+    assert candidate.dtype == dtype
+    assert candidate.tobytes() == (mean + (third - mean) * np.float32(1 / 3)).astype(dtype).tobytes()
+    assert average.mean()["w"].tobytes() == before and models[2]["w"].tobytes() == given
+
+
 def test_the_mean_takes_as_much_memory_however_many_models():
     average, sizes = Average(), []
     for model in trees(20):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +18,13 @@ from capibara.cli import main
 from capibara.core.config import ModelConfig
 from capibara.core.model import ModularCapibaraModel, parameters, with_parameters
 from capibara.core.tokenizer import train_bpe
-from capibara.errors import ConfigError, DataError
+from capibara.errors import ConfigError, DataError, RunError
+from capibara.files import Files
 from capibara.hf.llama import llama_config, our_array, our_name
 from capibara.merge.merge import merge
 from capibara.merge.recipe import Recipe, read_recipe
 
+HERE = Path(__file__).parent
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs! " * 30
 CONFIG = ModelConfig(
     vocab_size=270, width=16, num_layers=1, num_heads=2, num_kv_heads=1, hidden=16, max_length=32, norm_eps=1e-5
@@ -84,6 +92,61 @@ def test_weights_gap_and_losses_are_found_printed_and_kept(folders, tmp_path, ca
         np.testing.assert_allclose(value, expected, atol=1e-6)
     again = merge(read_recipe(tmp_path / "out" / "recipe.toml"), tmp_path / "again")
     assert again.record["digest"] == record["digest"]
+
+
+class FullDisk(Files):
+    """There is room for a file's header, not for its weights."""
+
+    def write_at(self, descriptor, data, offset):
+        if offset == 0:
+            return super().write_at(descriptor, data, offset)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def killed(paths, out, text):
+    """A process that `victim.Dying` kills at its first write of weights."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from pathlib import Path\n"
+        "from victim import Dying\n"
+        "from capibara.merge.merge import merge\n"
+        "from capibara.merge.recipe import Recipe\n"
+        "class AtTheWeights(Dying):\n"
+        "    def write_at(self, descriptor, data, offset):\n"
+        "        self.at = self.points + 1\n"
+        "        self._point()\n"
+        "text, out, *paths = map(Path, sys.argv[1:])\n"
+        "merge(Recipe(tuple(paths), validation=text), out, files=AtTheWeights(0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(text), str(out), *map(str, paths)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def out_of_room(paths, out, text):
+    with pytest.raises(RunError, match="goes on"):
+        merge(Recipe(paths, validation=text), out, files=FullDisk())
+
+
+@pytest.mark.parametrize("interrupt", [out_of_room, pytest.param(killed, marks=pytest.mark.slow)])
+def test_weights_that_an_interrupted_merge_found_are_not_computed_again(folders, tmp_path, monkeypatch, interrupt):
+    """The model of NaN is among them: what is read back must hold it as well."""
+    text, ours, _ = folders
+    recipe = Recipe(ours, validation=text)
+    merge(recipe, tmp_path / "whole")
+    interrupt(ours, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+    def computed(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("capibara.consensus.merge_weights.find_weights", computed)
+    assert not merge(recipe, tmp_path / "out").found
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert merge(recipe, tmp_path / "out").found
+    (tmp_path / "other.txt").write_text(TEXT[:400])
+    with pytest.raises(AssertionError, match="computed again"):
+        merge(Recipe(ours, validation=tmp_path / "other.txt"), tmp_path / "out")
 
 
 def test_llama_folders_are_weighed_as_the_same_models_of_ours(folders, tmp_path):

@@ -194,6 +194,19 @@ def model_and_text(folder: Path, patch: pytest.MonkeyPatch) -> Names:
     return {"model": model, "train_data": "text", "before": dict(parameters(model))}
 
 
+def three_arrays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Names:
+    return dict(zip("qkv", np.random.default_rng(0).normal(size=(3, 2, 9, 4, 8)).astype(np.float32), strict=True))
+
+
+def is_attention(names: Names, folder: Path) -> None:
+    """Softmax over all keys, in float64, sequence by sequence and head by head."""
+    for b, n in np.ndindex(2, 4):
+        scores = names["q"][b, :, n].astype(np.float64) @ names["k"][b, :, n].T / np.sqrt(8)
+        shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        np.testing.assert_allclose(names["attn_output"][b, :, n], shares @ names["v"][b, :, n], atol=2e-6)
+
+
+
 def has_certified_steps(names: Names, folder: Path) -> None:
     """Steps were certified, and the text is better known than before."""
     result = names["strategy"].last_result
@@ -280,6 +293,14 @@ model = strategy.train(model=model, train_data=train_data, epochs=2)
 """,
         slow=True,
     ),
+    "Cython Kernels": Snippet(
+        three_arrays,
+        is_attention,
+        """
+from capibara.training.cython_kernels import fast_attention, optimized_matmul, sparse_softmax
+attn_output = fast_attention(q, k, v)
+""",
+    ),
 }
 
 TO_COME = {
@@ -292,7 +313,6 @@ TO_COME = {
     "Training with All Strategies": "IntegratedConsensusStrategy",
     "Real-Time Monitoring": "MonitoringDashboard",
     "Data Preprocessing": "DataPreprocessor",
-    "Cython Kernels": "cython_kernels",
     "Gradient Checkpointing": "enable_gradient_checkpointing",
     "Mixed Precision Training": "MixedPrecisionTrainer",
     "Available Metrics": "TrainingMetrics",
