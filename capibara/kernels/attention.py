@@ -102,25 +102,24 @@ def masked_attention(
     stacked = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
     keys, values = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k, v))
     scores = _batched(stacked, keys, 2).reshape(B, K, N // K, T, S) * (H**-0.5 if scale is None else scale)
-    bias = jnp.where(allowed, 0.0, -1e30) if allowed.dtype == bool else allowed.astype(jnp.float32)
-    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    grouped = (1, 1) if bias.shape[1] == 1 else (K, N // K)
-    scores = scores + bias.reshape(bias.shape[0], *grouped, *bias.shape[2:])
+    allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)
+    grouped = (1, 1) if allowed.shape[1] == 1 else (K, N // K)
+    allowed = allowed.reshape(allowed.shape[0], *grouped, *allowed.shape[2:])
+    scores = jnp.where(allowed, scores, -1e30) if allowed.dtype == bool else scores + allowed.astype(jnp.float32)
     shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     weights = (shares / shares.sum(-1, keepdims=True)).astype(v.dtype)
     mixed = _batched(weights.reshape(B * K, N // K * T, S), values, 1).astype(v.dtype)
     return mixed.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, q_segments, k_segments, sight: Sight) -> tuple[jax.Array, jax.Array]:
-    """Output and log-partition float32[B, N, T]; nothing may be derived from the second."""
+def _attended(q, k, v, q_segments, k_segments, sight: Sight) -> Any:
+    """Output [B, T, N, H] and log-partition float32[B, N, T]; nothing may be derived from the second."""
 
-    def kernel(*arrays):
+    def kernel(*arrays: jax.Array) -> Any:
         shapes = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(_rows(q), jnp.float32))
         return _call("capibara_attention_forward", shapes, sight)(*arrays)
 
-    def plain(q, k, v, q_segments, k_segments):
+    def plain(q, k, v, q_segments, k_segments) -> Any:
         return _plain(q, k, v, _given(q_segments, k_segments), None, sight), jnp.zeros(_rows(q), jnp.float32)
 
     return jax.lax.platform_dependent(q, k, v, q_segments, k_segments, cpu=kernel, default=plain)
@@ -135,18 +134,18 @@ def _attention_backward(sight, saved, grads):
     return (*_gradients(*saved, grads[0], sight), None, None)
 
 
+_attention: Any = jax.custom_vjp(_attended, nondiff_argnums=(5,))
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _gradients(q, k, v, q_segments, k_segments, out, partition, grad, sight: Sight):
+def _pulled_back(q, k, v, q_segments, k_segments, out, partition, grad, sight: Sight) -> Any:
     """Of q, k and v."""
 
-    def kernel(*arrays):
+    def kernel(*arrays: jax.Array) -> Any:
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
         return tuple(_call("capibara_attention_backward", shapes, sight)(*arrays))
 
-    def plain(q, k, v, q_segments, k_segments, out, partition, grad):
+    def plain(q, k, v, q_segments, k_segments, out, partition, grad) -> Any:
         return _plain_gradients(q, k, v, q_segments, k_segments, grad, sight)
 
     return jax.lax.platform_dependent(
@@ -163,19 +162,20 @@ def _gradients_backward(sight, saved, pull):
     """`out` and `partition` are functions of q, k and v; what flows through them is counted there."""
     q, k, v, q_segments, k_segments, grad = saved
 
-    def first(q, k, v, grad):
+    def first(q, k, v, grad) -> Any:
         return _plain_gradients(q, k, v, q_segments, k_segments, grad, sight)
 
     to_q, to_k, to_v, to_grad = jax.vjp(first, q, k, v, grad)[1](pull)
     return to_q, to_k, to_v, None, None, None, None, to_grad
 
 
+_gradients: Any = jax.custom_vjp(_pulled_back, nondiff_argnums=(8,))
 _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def _plain_gradients(q, k, v, q_segments, k_segments, grad, sight: Sight):
     segments = _given(q_segments, k_segments)
-    return jax.vjp(lambda *qkv: _plain(*qkv, segments, None, sight), q, k, v)[1](grad)
+    return jax.vjp(lambda q, k, v: _plain(q, k, v, segments, None, sight), q, k, v)[1](grad)
 
 
 def _plain(q, k, v, segments: Any, bias: Any, sight: Sight) -> jax.Array:

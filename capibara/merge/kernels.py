@@ -195,21 +195,24 @@ def conditioned(gram: np.ndarray) -> bool:
 
 
 def _summed(deltas: np.ndarray) -> np.ndarray:
-    """deltas · deltasᵀ: `GRAM_COLUMNS` products are summed in the dtype of the deltas, those sums in float64."""
-    total = np.zeros((len(deltas), len(deltas)))
-    for k in range(0, deltas.shape[1], GRAM_COLUMNS):
-        total += _products(deltas[:, k : k + GRAM_COLUMNS])
+    """deltas · deltasᵀ: `GRAM_COLUMNS` products are summed in the dtype of the deltas, those sums in float64.
+
+    Few and long calls, since two threads take turns with the interpreter's lock: all runs go in one `matmul`.
+    """
+    m, count = deltas.shape
+    whole = count - count % GRAM_COLUMNS
+    runs = deltas[:, :whole].reshape(m, whole // GRAM_COLUMNS, GRAM_COLUMNS).swapaxes(0, 1)
+    total = np.zeros((m, m))
+    for part in (runs, deltas[None, :, whole:]):
+        if part.size:
+            total += _products(part).sum(axis=0, dtype=np.float64)
     return total
 
 
-def _products(deltas: np.ndarray) -> np.ndarray:
-    """deltas · deltasᵀ. Not in one call: NumPy would take BLAS's `syrk`, three times as slow for few long rows."""
-    products = np.empty((len(deltas), len(deltas)), deltas.dtype)
-    if not len(deltas):
-        return products
-    np.matmul(deltas, deltas[0], out=products[:, 0])
-    np.matmul(deltas, deltas[1:].T, out=products[:, 1:])
-    return products
+def _products(runs: np.ndarray) -> np.ndarray:
+    """run · runᵀ. Not in one call: NumPy would take BLAS's `syrk`, three times as slow for few long rows."""
+    columns = runs.swapaxes(1, 2)
+    return np.concatenate([np.matmul(runs, columns[..., :1]), np.matmul(runs, columns[..., 1:])], axis=2)
 
 
 def _kept_by_float32(products: np.ndarray, deltas: np.ndarray) -> bool:
