@@ -2,7 +2,7 @@
 
 Causal, heads of 64, as `[B, T, N, H]` here and `[B, N, T, H]` there, each library's own layout. One core and one thread
 each, in one process, in turn. Temporary memory is the compiler's account of what a program needs beside arguments and
-results. Needs `make peers`.
+results; it does not see the kernel's own scratch, 5 · T · 64 float32 numbers a thread. Needs `make peers`.
 """
 
 from __future__ import annotations
