@@ -24,7 +24,7 @@ FAMILY_WORDS = {
 
 def write(
     entries: Sequence[Entry], page: Path, *, families: Sequence[str], main: Sequence[str], reference: Sequence[str],
-    decay: Sequence[str], setting: Setting,
+    decay: Sequence[str], setting: Setting, cells: int,
 ) -> None:  # fmt: skip
     """Writes the page.
 
@@ -36,7 +36,9 @@ def write(
       reference: Rows of merges by rule.
       decay: Rows of merging instead of decay.
       setting: Of the runs.
+      cells: How many there are when all is computed.
     """
+    missing = cells - len(entries)
     lines = [
         "# How good is a merge?",
         "",
@@ -49,6 +51,9 @@ def write(
         "in* counts the seeds in which the 95 % interval lies below zero, *worse in* those in which it lies above.",
         "Seconds are those of merging and judging, not of training the models.",
     ]
+    if missing:
+        fewer = f"rows of fewer than {len(setting.seeds)} seeds will change."
+        lines += ["", f"**{missing} of {cells} cells are not computed yet**: {fewer}"]
     for family in families:
         rows = [e for e in entries if e["part"] == "soup" and e["family"] == family]
         lines += ["", f"## {FAMILY_WORDS[family].partition(':')[0]}", "", FAMILY_WORDS[family], ""]

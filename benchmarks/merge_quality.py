@@ -277,6 +277,7 @@ def table(settings: tuple[Setting, ...], results_path: Path, page: Path) -> None
         [entry for setting in settings for entry in read(results_path, setting.digest)], page,
         families=(*FAMILIES, DOMAINS), main=tuple(MAIN), reference=tuple(REFERENCE),
         decay=tuple(decay_rows(settings[0])), setting=settings[0],
+        cells=sum(len(list(cells(setting))) for setting in settings),
     )  # fmt: skip
 
 
