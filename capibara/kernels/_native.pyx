@@ -32,7 +32,8 @@ cdef extern from "parallel.hpp" namespace "capibara" nogil:
 
 cdef extern from "votes.hpp" namespace "capibara" nogil:
     void run_gram "capibara::gram"(
-        Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, int64_t length, double* out
+        Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, const float* reference,
+        int64_t length, double* out
     ) except +
     void run_weighted_sum "capibara::weighted_sum"(
         Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, int64_t length, float* out
@@ -77,14 +78,18 @@ cdef vector[const void*] pointers(list addresses):
     return found
 
 
-def gram(list rows, bint is_bfloat16, uintptr_t weights, int64_t length, uintptr_t out, int64_t threads):
-    """Writes float64[n, n] at `out`."""
+def gram(
+    list rows, bint is_bfloat16, uintptr_t weights, uintptr_t reference, int64_t length, uintptr_t out, int64_t threads
+):
+    """Writes float64[n, n] at `out`; nothing is subtracted where `reference` is 0."""
     cdef vector[const void*] found = pointers(rows)
     cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
     cdef Threads* pool = new Threads(threads)
     try:
         with nogil:
-            run_gram(pool[0], dtype, found, <const double*> weights, length, <double*> out)
+            run_gram(
+                pool[0], dtype, found, <const double*> weights, <const float*> reference, length, <double*> out
+            )
     finally:
         del pool
 

@@ -18,14 +18,17 @@ from capibara.kernels import reference
 from capibara.kernels.library import library
 
 
-def gram(rows: Any, weights: Any = None, *, threads: int | None = None) -> np.ndarray:
-    """Inner products of n rows: products of short runs in float32, their sums in float64.
+def gram(
+    rows: Any, weights: Any = None, *, less: np.ndarray | None = None, threads: int | None = None
+) -> np.ndarray:
+    """Inner products of n rows or of their differences from one: short runs in float32, their sums in float64.
 
     Cost: one pass over the rows, n² d multiplications. |error| ≤ 1e-6 · ‖a‖ ‖b‖, and typically a hundredth of that.
 
     Args:
       rows: [n, d]. A row whose numbers do not lie side by side is copied first.
       weights: [n]; those that are 0 leave their row out. None reads all.
+      less: float32[d], contiguous; subtracted from every row, in float32, before it is multiplied.
       threads: How many to use; None is as many as the process may run on.
 
     Returns:
@@ -42,16 +45,20 @@ def gram(rows: Any, weights: Any = None, *, threads: int | None = None) -> np.nd
     shares = np.ones(len(given)) if weights is None else _weights(weights, len(given))
     given, threads = _side_by_side(given, shares), _threads(threads)
     found = library()
-    if found is None:
-        return reference.gram(given, shares)
-    out = np.zeros((len(given), len(given)))
     length = len(given[0]) if given else 0
-    found.gram(_addresses(given), _is_bfloat16(given), shares.ctypes.data, length, out.ctypes.data, threads)
+    if less is not None and not (less.dtype == np.float32 and less.shape == (length,) and less.flags.c_contiguous):
+        raise ConfigError(f"less is a contiguous float32[{length}]; got {less.dtype}{list(less.shape)}. Cast it first.")
+    if found is None:
+        return reference.gram(given, shares, less)
+    out = np.zeros((len(given), len(given)))
+    subtracted = 0 if less is None else less.ctypes.data
+    places = shares.ctypes.data, subtracted, length, out.ctypes.data
+    found.gram(_addresses(given), _is_bfloat16(given), *places, threads)
     return out
 
 
 def weighted_sum(rows: Any, weights: Any, out: np.ndarray | None = None, *, threads: int | None = None) -> np.ndarray:
-    """Σ weights[i] · rows[i], summed in float64 in the order of the rows and rounded once.
+    """Σ weights[i] · rows[i], summed in float64 in the order of the rows and rounded once: the same bits everywhere.
 
     Cost: one pass over the rows.
 

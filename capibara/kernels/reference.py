@@ -1,6 +1,6 @@
 """What every backend must equal, in NumPy and float64: slow, plain, and read beside the formulas.
 
-    G[i, j] = Σ_k rows[i, k] · rows[j, k]        s[k] = Σ_i weights[i] · rows[i, k]
+    G[i, j] = Σ_k (rows[i, k] − r[k]) · (rows[j, k] − r[k])        s[k] = Σ_i weights[i] · rows[i, k]
 
 A row whose weight is 0 is not read: its row and column of G are 0, and it adds nothing to s, whatever stands in it.
 """
@@ -14,19 +14,21 @@ import numpy as np
 BLOCK = 1 << 16
 
 
-def gram(rows: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """float64[n, n] of n rows of equal length."""
+def gram(rows: Sequence[np.ndarray], weights: np.ndarray, less: np.ndarray | None = None) -> np.ndarray:
+    """float64[n, n] of n rows of equal length, each less the row r where it is given."""
     found = np.zeros((len(rows), len(rows)))
     read = np.flatnonzero(weights).tolist()
     for start in range(0, len(rows[0]) if len(rows) else 0, BLOCK):
         block = np.array([rows[i][start : start + BLOCK] for i in read], np.float64)
+        if less is not None:
+            block -= less[start : start + BLOCK]
         if len(read):
             found[np.ix_(read, read)] += block @ block.T
     return found
 
 
 def weighted_sum(rows: Sequence[np.ndarray], weights: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """float32[d] into `out`, summed in float64 in the order of the rows and rounded once."""
+    """Into `out`[d], float32 or float64, summed in float64 in the order of the rows and rounded once."""
     for start in range(0, len(out), BLOCK):
         total = np.zeros(len(out[start : start + BLOCK]))
         for row, weight in zip(rows, weights, strict=True):

@@ -1,11 +1,11 @@
-"""What is done with the same few thousand numbers of every input: sums, middles, products. NumPy, in cache-sized tiles.
+"""What is done with the same few thousand numbers of every input: sums, middles, products, in cache-sized tiles.
 
-    linear        Σᵢ cᵢ θᵢ + s · median          one float32 multiply and add a number, in the order of the inputs
-    coordinate    median, trimmed mean           a sorting network of minima and maxima
-    gram          ⟨θᵢ − r, θⱼ − r⟩               float64 sums of short float32 ones; r the median, a base model, or zero
+    linear        Σᵢ cᵢ θᵢ + s · median          summed in float64 in the order of the inputs, rounded once
+    coordinate    median, trimmed mean           a sorting network of minima and maxima, in NumPy
+    gram          ⟨θᵢ − r, θⱼ − r⟩               float64 sums; r the median, a base model, the first row, or zero
 
-NumPy fuses no multiply into an add, so the same inputs give the same bits on every machine. A jitted XLA kernel is
-2–3 times as fast on a core, but the disk is the limit either way, and importing JAX costs 150 MB and a second.
+Sums, and products of differences from the first row, are native kernels where they are built (`capibara.kernels`); the
+sums have the same bits with and without them, on every machine.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from capibara.kernels import arrays, reference
 from capibara.merge.cast import decode
 from capibara.merge.middles import middle
+from capibara.merge.tensors import numpy_type
 
 TILE_BYTES = 2**21
 """Of the decoded rows that a kernel holds at once: they stay in a core's second-level cache."""
 
 GRAM_COLUMNS = 2**12
-"""Columns of one product: 8 rows of this length stay in a core's cache. In float32 a sum of so many products is good to
-1e-6 of the lengths it is made from, and the rows are differences already."""
+"""Columns of one product in NumPy: 8 rows of this length stay in a core's cache."""
 
 SMALL = 2.0**-60
-"""Squared lengths of a tile below this are taken in float64: squares below 2⁻¹²⁶ lose digits in float32."""
+"""Squared lengths of a tile below this are taken again in float64: squares below 2⁻¹²⁶ lose digits in float32."""
 
 LOST = 2.0**-10
 """A squared distance below this share of the squared lengths it comes from has lost half its float32 digits."""
@@ -60,6 +61,13 @@ class Rows:
             return out
         return values
 
+    def together(self, which: Sequence[int], first: int, last: int, *, decoded: bool = False) -> list[np.ndarray]:
+        """Numbers `first` to `last` of many inputs; as they lie where all are bfloat16 or all float32, or decoded."""
+        dtypes = {self.dtypes[i] for i in which}
+        if decoded or len(dtypes) > 1 or not dtypes <= {"BF16", "F32"} or self.precision != np.float32:
+            return [self.row(i, first, last, room=("decoded", i)) for i in which]
+        return [self.raws[i][first * self.sizes[i] : last * self.sizes[i]].view(numpy_type(*dtypes)) for i in which]
+
     def room(self, key: object, count: int, dtype: type | np.dtype | None = None) -> np.ndarray:
         """A scratch row of at least `count` numbers, cut to it."""
         kept = self._scratch.get(key)
@@ -74,17 +82,13 @@ Kernel = Callable[[Rows, int, int, str], np.ndarray]
 
 def tile_numbers(num_rows: int, precision: np.dtype) -> int:
     """How many numbers of each of `num_rows` rows are decoded at once."""
-    return max(2**10, min(2**16, TILE_BYTES // (num_rows * precision.itemsize)))
+    return max(2**10, min(2**17, TILE_BYTES // (num_rows * precision.itemsize)))
 
 
 def mean(rows: Rows, first: int, last: int, name: str) -> np.ndarray:
-    """The sum in the order of the inputs, divided by their number."""
-    total = rows.room("total", last - first)
-    np.copyto(total, rows.row(0, first, last))
-    for i in range(1, rows.num_inputs):
-        np.add(total, rows.row(i, first, last), out=total)
-    np.divide(total, total.dtype.type(rows.num_inputs), out=total)
-    return total
+    """The sum in the order of the inputs, each divided by their number."""
+    n = rows.num_inputs
+    return _sum(rows, rows.together(range(n), first, last), np.full(n, 1 / n))
 
 
 def linear(coefficients: Callable[[str], np.ndarray], share: float = 0.0, keep: Sequence[int] = ()) -> Kernel:
@@ -98,16 +102,21 @@ def linear(coefficients: Callable[[str], np.ndarray], share: float = 0.0, keep: 
 
     def combine(rows: Rows, first: int, last: int, name: str) -> np.ndarray:
         c = coefficients(name)
-        total, part = rows.room("total", last - first), rows.room("part", last - first)
-        total[...] = 0
+        used = np.flatnonzero(c).tolist()
+        weights, added = c[used], rows.together(used, first, last, decoded=bool(share))
         if share:
-            np.multiply(median(rows, first, last, name, keep), total.dtype.type(share), out=total)
-        for i in np.flatnonzero(c):
-            np.multiply(rows.row(int(i), first, last), total.dtype.type(c[i]), out=part)
-            np.add(total, part, out=total)
-        return total
+            weights, added = np.append(weights, share), [*added, median(rows, first, last, name, keep)]
+        return _sum(rows, added, weights)
 
     return combine
+
+
+def _sum(rows: Rows, added: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Σ weights[i] · added[i]; there is at least one."""
+    total = rows.room("total", len(added[0]))
+    if rows.precision == np.float64:
+        return reference.weighted_sum(added, weights, total)
+    return arrays.weighted_sum(added, weights, total, threads=1)
 
 
 def median(rows: Rows, first: int, last: int, name: str, keep: Sequence[int] | None = None) -> np.ndarray:
@@ -125,7 +134,7 @@ def trimmed_mean(trim: int) -> Kernel:
     return combine
 
 
-def gram(rows: Rows, first: int, last: int, keep: Sequence[int], reference: str | int) -> tuple[np.ndarray, np.ndarray]:
+def gram(rows: Rows, first: int, last: int, keep: Sequence[int], centre: str | int) -> tuple[np.ndarray, np.ndarray]:
     """Products of the rows in `keep`, less a reference, over one tile.
 
     Args:
@@ -133,8 +142,8 @@ def gram(rows: Rows, first: int, last: int, keep: Sequence[int], reference: str 
       first: First number of the tile.
       last: One past its last.
       keep: Inputs that take part.
-      reference: `zero`; `median`, coordinate-wise; `first`, the first row, which is cheaper, and as good unless it is
-        far from the others (`conditioned`); or the number of the input that the others are changes of.
+      centre: The reference: `zero`; `median`, coordinate-wise; `first`, the first row, which is cheaper, and as good
+        unless it is far from the others (`conditioned`); or the number of the input that the others are changes of.
 
     Returns:
       float64[m, m] of the m kept rows (with `first` to about 1e-6 of the product of two lengths), and bool[m], the rows
@@ -142,48 +151,45 @@ def gram(rows: Rows, first: int, last: int, keep: Sequence[int], reference: str 
     """
     m = len(keep)
     with np.errstate(invalid="ignore", over="ignore"):
-        if reference == "first":
-            deltas, products = _from_first(rows, first, last, keep)
-        else:
-            deltas, products = _from_reference(rows, first, last, keep, reference)
+        if centre == "first" and rows.precision == np.float32 and m > 1:
+            products = _from_first(rows, first, last, keep)
+            if products is not None:
+                return products, np.zeros(m, bool)
+        deltas = _differences(rows, first, last, keep, keep[0] if centre == "first" else centre)
+        products = _summed(deltas)
     if np.isfinite(products).all():
         return products, np.zeros(m, bool)
     bad = np.array([not np.isfinite(rows.row(i, first, last)).all() for i in keep])
     if not bad.any():  # a difference of finite numbers that is too large
-        bad[m - len(deltas) :] = ~np.isfinite(deltas).all(axis=1)
+        bad = np.logical_not(np.isfinite(deltas).all(axis=1))
     return np.zeros((m, m)), bad
 
 
-def _from_reference(
-    rows: Rows, first: int, last: int, keep: Sequence[int], reference: str | int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The differences of all rows and their products, float64."""
+def _differences(rows: Rows, first: int, last: int, keep: Sequence[int], centre: str | int) -> np.ndarray:
+    """float64[m, count] of all rows from a reference."""
     count = last - first
-    if reference == "zero":
-        centre = None
-    elif reference == "median":
-        centre = median(rows, first, last, "", keep)
+    if centre == "zero":
+        less = None
+    elif centre == "median":
+        less = median(rows, first, last, "", keep)
     else:
-        centre = rows.row(int(reference), first, last, room="reference", own=True)
+        less = rows.row(int(centre), first, last, room="reference", own=True)
     deltas = rows.room(("deltas", len(keep)), len(keep) * count, np.float64).reshape(len(keep), count)
     gap = rows.room("gap", count)
     for k, i in enumerate(keep):
         row = rows.row(i, first, last)
-        deltas[k] = row if centre is None else np.subtract(row, centre, out=gap)
-    return deltas, _summed(deltas)
+        deltas[k] = row if less is None else np.subtract(row, less, out=gap)
+    return deltas
 
 
-def _from_first(rows: Rows, first: int, last: int, keep: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The differences of all rows but the first and the products of all, in the rows' precision where that will do."""
-    m, count = len(keep), last - first
-    deltas = rows.room(("short", m), (m - 1) * count).reshape(m - 1, count)
-    centre = rows.row(keep[0], first, last, room="reference", own=True)
-    for k, i in enumerate(keep[1:]):
-        np.subtract(rows.row(i, first, last), centre, out=deltas[k])
-    products = _summed(deltas)
-    if deltas.dtype == np.float32 and not _kept_by_float32(products, deltas):
-        products = _summed(deltas.astype(np.float64))
-    return deltas, np.pad(products, ((1, 0), (1, 0)))
+def _from_first(rows: Rows, first: int, last: int, keep: Sequence[int]) -> np.ndarray | None:
+    """Products of differences from the first row by float32 arithmetic; None where that would lose what matters."""
+    less = rows.row(keep[0], first, last, room="reference", own=True)
+    products = arrays.gram(rows.together(keep[1:], first, last), less=less, threads=1)
+    tiny = [i for i, squared in zip(keep[1:], np.diagonal(products), strict=True) if squared < SMALL]
+    if not np.isfinite(products).all() or not all(np.array_equal(rows.row(i, first, last), less) for i in tiny):
+        return None
+    return np.pad(products, ((1, 0), (1, 0)))
 
 
 def conditioned(gram: np.ndarray) -> bool:
@@ -195,7 +201,7 @@ def conditioned(gram: np.ndarray) -> bool:
 
 
 def _summed(deltas: np.ndarray) -> np.ndarray:
-    """deltas · deltasᵀ: `GRAM_COLUMNS` products are summed in the dtype of the deltas, those sums in float64.
+    """deltas · deltasᵀ, `GRAM_COLUMNS` products at a time.
 
     Few and long calls, since two threads take turns with the interpreter's lock: all runs go in one `matmul`.
     """
@@ -205,7 +211,7 @@ def _summed(deltas: np.ndarray) -> np.ndarray:
     total = np.zeros((m, m))
     for part in (runs, deltas[None, :, whole:]):
         if part.size:
-            total += _products(part).sum(axis=0, dtype=np.float64)
+            total += _products(part).sum(axis=0)
     return total
 
 
@@ -213,10 +219,3 @@ def _products(runs: np.ndarray) -> np.ndarray:
     """run · runᵀ. Not in one call: NumPy would take BLAS's `syrk`, three times as slow for few long rows."""
     columns = runs.swapaxes(1, 2)
     return np.concatenate([np.matmul(runs, columns[..., :1]), np.matmul(runs, columns[..., 1:])], axis=2)
-
-
-def _kept_by_float32(products: np.ndarray, deltas: np.ndarray) -> bool:
-    """Whether no square was too large for float32, and none that matters too small."""
-    squared = np.diagonal(products)
-    lost = squared < SMALL
-    return bool(np.isfinite(products).all()) and not deltas[lost].any()

@@ -80,8 +80,8 @@ class Passes:
         if reference == "base":
             reference = "zero" if self.recipe.base is None else len(self.recipe.inputs)
         scratch = self._scratch()
-        precision, held = (self.precision, self.n) if reference == "first" else (np.float64, 2 * self.n)
-        columns = kernels.tile_numbers(held, np.dtype(precision))
+        short = reference == "first" and self.precision == np.float32
+        columns = kernels.tile_numbers(*((3, np.dtype(np.float32)) if short else (2 * self.n, np.dtype(np.float64))))
         grams: dict[str, np.ndarray] = {}
         bad = np.zeros(len(self.recipe.inputs), bool)
         whole = method.gram == WHOLE

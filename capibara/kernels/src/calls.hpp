@@ -12,9 +12,10 @@ struct Gram {
     const void* const* rows;  // n pointers, of any alignment
     int64_t n, length, block;
     double* partial;  // [tasks, n, n]
+    const float* reference;  // subtracted from every row, or null
 };
 
-// out = sum of weights[i] * rows[i], summed in float64 and rounded once.
+// out = sum of weights[i] * rows[i], summed in float64 and rounded once: the same bits on every machine.
 struct WeightedSum {
     const void* const* rows;
     const double* weights;

@@ -1,6 +1,6 @@
 // Inner products of n long rows in one pass over memory.
 //
-//     G[i, j] = sum of rows[i][k] * rows[j][k]
+//     G[i, j] = sum of (rows[i][k] - r[k]) * (rows[j][k] - r[k]), r the reference or nothing
 //
 // A lane sums 16 products in float32 before it is added to float64: at most 16 roundings of 2^-24, 1e-6 of |a| |b|.
 // A span of all rows is read from memory once and stays in the second-level cache while tiles of 4 rows by 4 pass it.
@@ -14,7 +14,7 @@ namespace CAPIBARA_ISA {
 constexpr int TALL = 4, BROAD = W == 16 ? 4 : 2;  // rows of a tile; as many sums as stay in registers
 constexpr int64_t RUN = 16 * W, SPAN = 16 * RUN;
 
-template <class T>
+template <bool LESS, class T>
 inline void gram_tile(const capibara::Gram& call, int64_t i0, int64_t j0, int64_t k, int64_t end, double* out) {
     const T *a[TALL], *b[BROAD];  // beyond the last row stands the last one again; what it gives is dropped
     for (int i = 0; i < TALL; ++i) a[i] = static_cast<const T*>(call.rows[i0 + i < call.n ? i0 + i : call.n - 1]);
@@ -25,12 +25,13 @@ inline void gram_tile(const capibara::Gram& call, int64_t i0, int64_t j0, int64_
         const int64_t stop = whole - k < RUN ? whole : k + RUN;
         Vec sums[TALL][BROAD] = {};
         for (; k < stop; k += W) {
+            const Vec less = LESS ? load_row(call.reference, k) : Vec{};
             Vec column[BROAD];
 #pragma GCC unroll 4
-            for (int j = 0; j < BROAD; ++j) column[j] = load_row(b[j], k);
+            for (int j = 0; j < BROAD; ++j) column[j] = LESS ? load_row(b[j], k) - less : load_row(b[j], k);
 #pragma GCC unroll 4
             for (int i = 0; i < TALL; ++i) {
-                const Vec row = load_row(a[i], k);
+                const Vec row = LESS ? load_row(a[i], k) - less : load_row(a[i], k);
 #pragma GCC unroll 4
                 for (int j = 0; j < BROAD; ++j) sums[i][j] += row * column[j];
             }
@@ -46,20 +47,28 @@ inline void gram_tile(const capibara::Gram& call, int64_t i0, int64_t j0, int64_
     for (int64_t i = i0; i < i0 + TALL && i < call.n; ++i)
         for (int64_t j = j0 > i ? j0 : i; j < j0 + BROAD && j < call.n; ++j) {
             double total = sum_of(wide[i - i0][j - j0]);
-            for (int64_t last = whole; last < end; ++last) total += number(a[i - i0], last) * number(b[j - j0], last);
+            for (int64_t last = whole; last < end; ++last) {
+                const double less = LESS ? number(call.reference, last) : 0;
+                total += (number(a[i - i0], last) - less) * (number(b[j - j0], last) - less);
+            }
             out[i * call.n + j] += total;
         }
 }
 
-template <class T>
-void gram(const capibara::Gram& call, int64_t task) {
+template <bool LESS, class T>
+void gram_block(const capibara::Gram& call, int64_t task) {
     const int64_t first = task * call.block, last = call.length - first < call.block ? call.length : first + call.block;
     double* out = call.partial + task * call.n * call.n;
     for (int64_t i = 0; i < call.n * call.n; ++i) out[i] = 0;
     for (int64_t k = first; k < last; k += SPAN)
         for (int64_t i = 0; i < call.n; i += TALL)
             for (int64_t j = i; j < call.n; j += BROAD)
-                gram_tile<T>(call, i, j, k, last - k < SPAN ? last : k + SPAN, out);
+                gram_tile<LESS, T>(call, i, j, k, last - k < SPAN ? last : k + SPAN, out);
+}
+
+template <class T>
+void gram(const capibara::Gram& call, int64_t task) {
+    call.reference ? gram_block<true, T>(call, task) : gram_block<false, T>(call, task);
 }
 
 }  // namespace CAPIBARA_ISA

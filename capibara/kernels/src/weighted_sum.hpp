@@ -1,10 +1,19 @@
 // The weighted sum of n long rows in one pass, summed in float64 in the order of the rows and rounded once.
+//
+// No product is fused into a sum: every instruction set, and NumPy, gives the same bits.
 #pragma once
 
 #include "calls.hpp"
 #include "rows.hpp"
 
 namespace CAPIBARA_ISA {
+
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
 
 template <class T>
 void weighted_sum(const capibara::WeightedSum& call, int64_t task) {
@@ -26,5 +35,11 @@ void weighted_sum(const capibara::WeightedSum& call, int64_t task) {
         call.out[k] = static_cast<float>(total);
     }
 }
+
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC pop_options
+#endif
 
 }  // namespace CAPIBARA_ISA
