@@ -2,7 +2,7 @@
 """The native kernels for addresses in memory: no checks here, `arrays.py` makes them."""
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libcpp cimport bool as is_true
 from libcpp.vector cimport vector
 
@@ -37,6 +37,13 @@ cdef extern from "votes.hpp" namespace "capibara" nogil:
     ) except +
     void run_weighted_sum "capibara::weighted_sum"(
         Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, int64_t length, float* out
+    ) except +
+    void run_sorted_mean "capibara::sorted_mean"(
+        Threads& pool, Dtype dtype, const vector[const void*]& rows, const int32_t* steps, int64_t num_steps,
+        int64_t low, int64_t high, int64_t length, float* out
+    ) except +
+    void run_rounded "capibara::rounded"(
+        Threads& pool, Dtype dtype, const float* given, int64_t length, void* out
     ) except +
 
 
@@ -102,5 +109,30 @@ def weighted_sum(list rows, bint is_bfloat16, uintptr_t weights, int64_t length,
     try:
         with nogil:
             run_weighted_sum(pool[0], dtype, found, <const double*> weights, length, <float*> out)
+    finally:
+        del pool
+
+
+def sorted_mean(
+    list rows, bint is_bfloat16, uintptr_t steps, int64_t num_steps, int64_t low, int64_t high, int64_t length,
+    uintptr_t out, int64_t threads
+):
+    """Writes float32[length] at `out`."""
+    cdef vector[const void*] found = pointers(rows)
+    cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
+    cdef Threads* pool = new Threads(threads)
+    try:
+        with nogil:
+            run_sorted_mean(pool[0], dtype, found, <const int32_t*> steps, num_steps, low, high, length, <float*> out)
+    finally:
+        del pool
+
+
+def to_bfloat16(uintptr_t given, int64_t length, uintptr_t out, int64_t threads):
+    """Writes bfloat16[length] at `out`."""
+    cdef Threads* pool = new Threads(threads)
+    try:
+        with nogil:
+            run_rounded(pool[0], BFLOAT16, <const float*> given, length, <void*> out)
     finally:
         del pool

@@ -1,4 +1,4 @@
-"""Gram matrix and weighted sum of long rows in memory or in mapped files, each in one pass, for NumPy arrays.
+"""Gram matrix, weighted sum and sorted middles of long rows, in memory or mapped files, in one pass: for NumPy arrays.
 
 Rows are a 2-D array or a list of 1-D arrays of equal length, float32 or bfloat16, `np.memmap` too. A row of weight 0 is
 never read: NaNs in it change nothing. Results do not depend on the number of threads. Without the native kernels the
@@ -16,6 +16,9 @@ import numpy as np
 from capibara.errors import ConfigError
 from capibara.kernels import reference
 from capibara.kernels.library import library
+
+MOST_SORTED = 1024
+"""Rows of `sorted_mean`: a tile of all of them stays in the nearest cache."""
 
 
 def gram(
@@ -81,21 +84,102 @@ def weighted_sum(rows: Any, weights: Any, out: np.ndarray | None = None, *, thre
     given = _rows(rows)
     if not given:
         raise ConfigError("A weighted sum needs at least one row; got none.")
-    shares, length = _weights(weights, len(given)), len(given[0])
-    if out is None:
-        out = np.empty(length, np.float32)
-    fits = out.dtype == np.float32 and out.shape == (length,) and out.flags.carray
-    if not fits or any(np.may_share_memory(out, row) for row in given):
-        raise ConfigError(
-            f"out must be a writable, contiguous float32[{length}] that shares no memory with the rows; got "
-            f"{out.dtype}{list(out.shape)}. Leave it out for a new array."
-        )
+    shares, out = _weights(weights, len(given)), _room(out, given)
     given, threads = _side_by_side(given, shares), _threads(threads)
     found = library()
     if found is None:
         return reference.weighted_sum(given, shares, out)
-    place = shares.ctypes.data, length, out.ctypes.data
+    place = shares.ctypes.data, len(out), out.ctypes.data
     found.weighted_sum(_addresses(given), _is_bfloat16(given), *place, threads)
+    return out
+
+
+def sorted_mean(
+    rows: Any, steps: np.ndarray, low: int, high: int, out: np.ndarray | None = None, *, threads: int | None = None
+) -> np.ndarray:
+    """The mean of positions low … high − 1 of every column once it is in order: a median, a trimmed mean.
+
+    −0 stands before 0. A column that holds NaN gives NaN. Positions are summed in float32 from the lowest on.
+
+    Cost: one pass over the rows, one minimum and maximum a step and column.
+
+    Args:
+      rows: [n, d], 1 ≤ n ≤ `MOST_SORTED`. A row whose numbers do not lie side by side is copied first.
+      steps: int32[k, 2], pairs i, j of a sorting network: the lower of rows i and j goes to i. Those that change no
+        position asked for may be left out.
+      low: First position.
+      high: One past the last, ≤ n.
+      out: Where to write: float32[d], contiguous. A new array by default.
+      threads: How many to use; None is as many as the process may run on.
+
+    Returns:
+      float32[d]: `out` where it was given.
+
+    Raises:
+      ConfigError: If rows, steps, positions and `out` do not fit each other.
+
+    Example:
+      >>> sorted_mean(np.float32([[3, 4], [1, 5]]), np.int32([[0, 1]]), 0, 1).tolist()
+      [1.0, 4.0]
+    """
+    given, threads = _rows(rows), _threads(threads)
+    steps = np.ascontiguousarray(steps, np.int32).reshape(-1, 2)
+    if not 1 <= len(given) <= MOST_SORTED or not 0 <= low < high <= len(given):
+        raise ConfigError(
+            f"Positions {low} to {high} of {len(given)} rows: give 0 ≤ low < high ≤ rows, 1 to {MOST_SORTED} rows."
+        )
+    if steps.size and not 0 <= steps.min() <= steps.max() < len(given):
+        raise ConfigError(f"Steps name rows 0 to {len(given) - 1}; got {steps.min()} and {steps.max()}.")
+    out = _room(out, given)
+    given = _side_by_side(given, np.ones(len(given)))
+    found = library()
+    if found is None:
+        return reference.sorted_mean(given, low, high, out)
+    place = steps.ctypes.data, len(steps), low, high, len(out), out.ctypes.data
+    found.sorted_mean(_addresses(given), _is_bfloat16(given), *place, threads)
+    return out
+
+
+def to_bfloat16(values: np.ndarray, out: np.ndarray | None = None, *, threads: int | None = None) -> np.ndarray:
+    """float32 to the nearest bfloat16, ties to even.
+
+    Args:
+      values: float32[d], contiguous.
+      out: bfloat16[d], contiguous. A new array by default.
+      threads: How many to use; None is as many as the process may run on.
+
+    Raises:
+      ConfigError: If `values` or `out` is something else.
+    """
+    import ml_dtypes
+
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    if out is None:
+        out = np.empty(values.shape, bfloat16)
+    for name, array, dtype in (("values", values, np.dtype(np.float32)), ("out", out, bfloat16)):
+        if array.dtype != dtype or array.shape != (values.size,) or not array.flags.c_contiguous:
+            raise ConfigError(
+                f"{name} is a contiguous {dtype}[{values.size}]; got {array.dtype}{list(array.shape)}. Cast it first."
+            )
+    found = library()
+    if found is None:
+        out[...] = values
+    else:
+        found.to_bfloat16(values.ctypes.data, len(values), out.ctypes.data, _threads(threads))
+    return out
+
+
+def _room(out: np.ndarray | None, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """`out`, or a new float32[d]."""
+    length = len(rows[0])
+    if out is None:
+        return np.empty(length, np.float32)
+    fits = out.dtype == np.float32 and out.shape == (length,) and out.flags.carray
+    if not fits or any(np.may_share_memory(out, row) for row in rows):
+        raise ConfigError(
+            f"out must be a writable, contiguous float32[{length}] that shares no memory with the rows; got "
+            f"{out.dtype}{list(out.shape)}. Leave it out for a new array."
+        )
     return out
 
 

@@ -19,9 +19,10 @@ def gram(rows: Sequence[np.ndarray], weights: np.ndarray, less: np.ndarray | Non
     found = np.zeros((len(rows), len(rows)))
     read = np.flatnonzero(weights).tolist()
     for start in range(0, len(rows[0]) if len(rows) else 0, BLOCK):
-        block = np.array([rows[i][start : start + BLOCK] for i in read], np.float64)
-        if less is not None:
-            block -= less[start : start + BLOCK]
+        block = [rows[i][start : start + BLOCK] for i in read]
+        if less is not None:  # in the precision of the rows
+            block = [row - less[start : start + BLOCK] for row in block]
+        block = np.array(block, np.float64)
         if len(read):
             found[np.ix_(read, read)] += block @ block.T
     return found
@@ -35,4 +36,19 @@ def weighted_sum(rows: Sequence[np.ndarray], weights: np.ndarray, out: np.ndarra
             if weight != 0:
                 total += weight * row[start : start + BLOCK].astype(np.float64)
         out[start : start + BLOCK] = total
+    return out
+
+
+def sorted_mean(rows: Sequence[np.ndarray], low: int, high: int, out: np.ndarray) -> np.ndarray:
+    """float32[d] into `out`: the mean of sorted positions low … high − 1 of every column, NaN where it holds one."""
+    for start in range(0, len(out), BLOCK):
+        block = np.array([row[start : start + BLOCK] for row in rows], np.float32)
+        hidden = np.isnan(block).any(axis=0)
+        bits = block.view(np.int32)
+        ordered = np.sort(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)), axis=0)[low:high]
+        values = (ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        out[start : start + BLOCK] = np.where(hidden, np.float32(np.nan), total / np.float32(high - low))
     return out

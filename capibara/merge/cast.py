@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from blake3 import blake3
 
+from capibara.kernels import arrays
 from capibara.merge.tensors import numpy_type
 
-_16, _1, _HALF = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+_16 = np.uint32(16)
 
 
 def decode(raw: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
@@ -60,7 +61,7 @@ class Rounding:
         if values.dtype == self.numpy:
             return values.view(np.uint8)
         if self.dtype == "BF16" and values.dtype == np.float32:
-            return _nearest_bf16(values).view(np.uint8)
+            return arrays.to_bfloat16(values, threads=1).view(np.uint8)
         with np.errstate(over="ignore"):  # the caller looks for infinities
             return values.astype(self.numpy).view(np.uint8)
 
@@ -74,16 +75,6 @@ def is_finite(encoded: np.ndarray, dtype: str) -> bool:
         exponents = np.bitwise_and(encoded.view(np.uint16), np.uint16(0x7F80))
         return int(exponents.max(initial=0)) < 0x7F80
     return bool(np.isfinite(encoded.view(numpy_type(dtype))).all())
-
-
-def _nearest_bf16(values: np.ndarray) -> np.ndarray:
-    bits = values.view(np.uint32)
-    odd = np.right_shift(bits, _16)
-    np.bitwise_and(odd, _1, out=odd)
-    np.add(odd, _HALF, out=odd)
-    np.add(odd, bits, out=odd)
-    np.right_shift(odd, _16, out=odd)
-    return odd.astype(np.uint16)
 
 
 def _stochastic_bf16(values: np.ndarray, random: np.ndarray) -> np.ndarray:

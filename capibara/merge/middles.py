@@ -2,7 +2,8 @@
 
     v₀ … vₙ₋₁ ─► comparators (min, max) ─► v₍low₎ … v₍high−1₎ ─► their mean
 
-bfloat16 rows are sorted as the 16-bit integers that have their order, which is half the bytes; the result is the same.
+Rows are sorted as the integers that stand in the order of their numbers, −0 before 0: bfloat16 is half the bytes. The
+native kernel does it where it is built and for what it takes, NumPy else; the bits are the same.
 """
 
 from __future__ import annotations
@@ -14,52 +15,51 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capibara.consensus.comparators import comparators
-from capibara.merge.cast import decode
+from capibara.kernels import arrays
+from capibara.kernels.library import library
 
 if TYPE_CHECKING:
     from capibara.merge.kernels import Rows
 
-INFINITY = np.int16(0x7F80)
-"""In the order of `_ordered`; what is above it or below −INFINITY − 1 is NaN."""
+INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 
 
 def middle(rows: Rows, first: int, last: int, low: int, high: int, keep: Sequence[int] | None) -> np.ndarray:
     """The mean of the sorted positions low … high − 1 of every coordinate, of the inputs in `keep`, or all.
 
-    NaN in one of them is NaN in the result.
+    A coordinate that is NaN in one of them is NaN in the result.
     """
     chosen = range(rows.num_inputs) if keep is None else keep
-    if rows.precision == np.float32 and all(rows.dtypes[i] == "BF16" for i in chosen):
-        found = _sorted_as_integers(rows, first, last, low, high, chosen)
-        if found is not None:
-            return _mean(found)
-    values = [rows.row(i, first, last, room=("sorted", k), own=True) for k, i in enumerate(chosen)]
-    return _mean(_sorted(values, rows.room(("sorted", "spare"), last - first), low, high))
-
-
-def _sorted_as_integers(
-    rows: Rows, first: int, last: int, low: int, high: int, chosen: Sequence[int]
-) -> list[np.ndarray] | None:
-    """The sorted positions low … high − 1 as float32; None where there is a NaN, which integers would sort."""
-    values = []
-    for k, i in enumerate(chosen):
-        bits = rows.raws[i][2 * first : 2 * last].view(np.int16)
-        values.append(_ordered(bits, rows.room(("ordered", k), last - first, np.int16)))
-        if len(bits) and (values[k].max() > INFINITY or values[k].min() < ~INFINITY):
-            return None
-    middles = _sorted(values, rows.room(("ordered", "spare"), last - first, np.int16), low, high)
-    mask = rows.room(("ordered", "mask"), last - first, np.int16)
-    found = []
+    given, out = rows.together(chosen, first, last), rows.room("middle", last - first)
+    if library() is not None and out.dtype == np.float32 and len(given) <= arrays.MOST_SORTED:
+        return arrays.sorted_mean(given, _pairs(len(given), low, high), low, high, out, threads=1)
+    integers = INTEGERS[given[0].dtype.itemsize]
+    values = [_ordered(row.view(integers), rows.room(("sorted", k), len(row), integers)) for k, row in enumerate(given)]
+    hidden = _hidden(given)
+    middles = _sorted(values, rows.room(("sorted", "spare"), len(out), integers), low, high)
+    mask = rows.room(("sorted", "mask"), len(out), integers)
     for k, value in enumerate(middles):
-        bits = _ordered(value, mask)  # it is its own inverse
-        found.append(decode(bits.view(np.uint8), "BF16", rows.room(("sorted", k), last - first)))
-    return found
+        number = _ordered(value, mask).view(given[0].dtype)  # it is its own inverse
+        np.copyto(out, number) if k == 0 else np.add(out, number, out=out, dtype=out.dtype)
+    if len(middles) > 1:
+        np.divide(out, out.dtype.type(len(middles)), out=out)
+    if hidden is not None:
+        out[hidden] = np.nan
+    return out
+
+
+def _hidden(rows: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Where one is NaN; None if nowhere."""
+    found = np.zeros(len(rows[0]), bool)
+    for row in rows:
+        found |= np.isnan(row)
+    return found if found.any() else None
 
 
 def _ordered(bits: np.ndarray, out: np.ndarray) -> np.ndarray:
     """Sign and magnitude to two's complement: the integers stand in the order of the numbers, −0 before 0."""
-    np.right_shift(bits, 15, out=out)
-    np.bitwise_and(out, np.int16(0x7FFF), out=out)
+    np.right_shift(bits, 8 * bits.itemsize - 1, out=out)
+    np.bitwise_and(out, np.iinfo(bits.dtype).max, out=out)
     return np.bitwise_xor(out, bits, out=out)
 
 
@@ -77,13 +77,10 @@ def _sorted(values: list[np.ndarray], spare: np.ndarray, low: int, high: int) ->
     return values[low:high]
 
 
-def _mean(values: list[np.ndarray]) -> np.ndarray:
-    total = values[0]
-    for value in values[1:]:
-        np.add(total, value, out=total)
-    if len(values) > 1:
-        np.divide(total, total.dtype.type(len(values)), out=total)
-    return total
+@lru_cache(maxsize=16)
+def _pairs(count: int, low: int, high: int) -> np.ndarray:
+    """`_steps` as the kernel takes them."""
+    return np.array([step[:2] for step in _steps(count, low, high)], np.int32).reshape(-1, 2)
 
 
 @lru_cache(maxsize=16)

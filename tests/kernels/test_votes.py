@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from capibara.consensus.comparators import comparators
 from capibara.errors import ConfigError
 from capibara.kernels import arrays, jitted, library, reference
 
@@ -77,6 +78,34 @@ def test_any_number_of_rows_fits_the_tiles(forced: str, n: int):
         check_sum(arrays.weighted_sum(rows, np.arange(n) + 1.0), rows, np.arange(n) + 1.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", (1, 2, 3, 8, 33, 200))
+def test_sorted_middles_are_those_of_the_reference_bit_for_bit(forced: str, n: int, dtype: str):
+    """Any bits: denormals, both zeros, infinities, NaN; medians, a trimmed mean, the lowest, ragged tiles."""
+    whole = np.random.default_rng(n).integers(0, 2**32, (n, 3001), np.uint32)
+    rows = (whole >> 16).astype(np.uint16).view(DTYPES[dtype]) if dtype == "bfloat16" else whole.view(np.float32)
+    rows[:, 500:600] = np.float32([0, -0.0])[np.random.default_rng(1).integers(0, 2, (n, 100))]
+    steps = np.int32(comparators(n)).reshape(-1, 2)
+    for low, high in {((n - 1) // 2, n // 2 + 1), (n // 4, n - n // 4), (0, 1)}:
+        with np.errstate(invalid="ignore", over="ignore"):
+            wanted = reference.sorted_mean(rows, low, high, np.empty(3001, np.float32))
+        found = arrays.sorted_mean(rows, steps, low, high, threads=2)
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+        there = ~np.isnan(wanted)
+        np.testing.assert_array_equal(found.view(np.uint32)[there], wanted.view(np.uint32)[there])
+
+
+def test_rounding_is_that_of_ml_dtypes(forced: str):
+    values = np.random.default_rng(0).integers(0, 2**32, 100_003, np.uint32).view(np.float32)
+    values[:4] = 0.0, -0.0, np.inf, 3.4e38
+    found = arrays.to_bfloat16(values)
+    with np.errstate(invalid="ignore", over="ignore"):
+        wanted = values.astype(ml_dtypes.bfloat16)
+    there = ~np.isnan(values)
+    np.testing.assert_array_equal(found.view(np.uint16)[there], wanted.view(np.uint16)[there])
+    assert np.isnan(found[~there].astype(np.float32)).all() and (~there).any()
+
+
 def test_sums_of_many_equal_products_lose_nothing(forced: str):
     """In float32 alone, 2²⁵ ones would stop at 2²⁴ a lane; the true norm is exact here."""
     ones = np.broadcast_to(np.float32(1), (1 << 22) + 5)
@@ -127,6 +156,13 @@ def test_nothing_beyond_a_row_is_touched(forced: str, dtype: str, length: int):
     np.testing.assert_array_equal(arrays.gram(guarded, weights), arrays.gram(rows, weights))
     arrays.weighted_sum(guarded, weights, out.array)
     np.testing.assert_array_equal(out.array, arrays.weighted_sum(rows, weights))
+    steps = np.int32([[0, 1], [1, 2], [0, 1]])
+    arrays.sorted_mean(guarded, steps, 1, 2, out.array)
+    np.testing.assert_array_equal(out.array, arrays.sorted_mean(rows, steps, 1, 2))
+    short = Guarded(np.dtype(ml_dtypes.bfloat16), length)
+    whole = Guarded(np.dtype(np.float32), length)
+    whole.array[:] = 1.5
+    assert (arrays.to_bfloat16(whole.array, short.array) == 1.5).all()
 
 
 class Guarded:
@@ -211,6 +247,9 @@ def test_many_threads_may_call_at_once():
     (
         (lambda: arrays.gram(np.ones((2, 3))), "float32 or bfloat16"),
         (lambda: arrays.gram(np.ones((2, 3), ">f4")), "byte order"),
+        (lambda: arrays.sorted_mean(np.ones((2, 3), np.float32), np.int32([[0, 2]]), 0, 1), "rows 0 to 1; got 0 and 2"),
+        (lambda: arrays.sorted_mean(np.ones((2, 3), np.float32), np.int32([[0, 1]]), 1, 1), "low < high"),
+        (lambda: arrays.to_bfloat16(np.ones(3)), r"values is a contiguous float32\[3\]; got float64"),
         (lambda: arrays.gram(np.ones((2, 3), np.float32), less=np.ones(2, np.float32)), r"float32\[3\]"),
         (lambda: arrays.gram([np.ones(3, np.float32), np.ones(4, np.float32)]), "one length"),
         (lambda: arrays.gram(np.ones((2, 3), np.float32), [1]), "2 rows need 2 weights"),

@@ -23,6 +23,23 @@ struct WeightedSum {
     float* out;
 };
 
+// out = the mean of positions low … high - 1 of every column once `steps`, pairs of a sorting network, have put it in
+// order; NaN where one is in the column. At most MOST_SORTED rows.
+constexpr int64_t MOST_SORTED = 1024;
+struct SortedMean {
+    const void* const* rows;
+    const int32_t* steps;  // [num_steps, 2]
+    int64_t n, num_steps, low, high, length, block;
+    float* out;
+};
+
+// out = in, rounded to the nearest, ties to even.
+struct Rounded {
+    const float* in;
+    int64_t length, block;
+    void* out;
+};
+
 // Arrays are [batch, length, heads, size] with these strides in numbers; the last axis is contiguous.
 struct AttentionArray {
     void* data;

@@ -4,6 +4,8 @@
 // linker keeps one copy of those, perhaps the one with instructions that another machine lacks.
 #include "attention.hpp"
 #include "gram.hpp"
+#include "rounded.hpp"
+#include "sorted_mean.hpp"
 #include "table.hpp"
 #include "weighted_sum.hpp"
 
@@ -16,6 +18,8 @@ const capibara::Kernels& table() {
         CAPIBARA_NAME,
         CAPIBARA_BOTH(gram),
         CAPIBARA_BOTH(weighted_sum),
+        CAPIBARA_BOTH(sorted_mean),
+        CAPIBARA_BOTH(rounded),
         CAPIBARA_BOTH(attention_forward),
         CAPIBARA_BOTH(attention_backward),
     };

@@ -16,6 +16,8 @@ struct Kernels {
     const char* name;  // of the instruction set
     Kernel<Gram> gram;
     Kernel<WeightedSum> weighted_sum;
+    Kernel<SortedMean> sorted_mean;
+    Kernel<Rounded> rounded;
     Kernel<AttentionForward> attention_forward;
     Kernel<AttentionBackward> attention_backward;
 };

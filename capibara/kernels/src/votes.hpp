@@ -53,4 +53,22 @@ void weighted_sum(Pool& pool, Dtype dtype, const std::vector<const void*>& rows,
     parallel_for(pool, blocks_of(length), [&](int64_t task) { kernel(call, task); });
 }
 
+// out[length] in float32, of at most MOST_SORTED rows.
+template <class Pool>
+void sorted_mean(Pool& pool, Dtype dtype, const std::vector<const void*>& rows, const int32_t* steps, int64_t num_steps,
+                 int64_t low, int64_t high, int64_t length, float* out) {
+    const int64_t n = static_cast<int64_t>(rows.size());
+    const SortedMean call{rows.data(), steps, n, num_steps, low, high, length, block_of(length), out};
+    const auto kernel = kernels().sorted_mean.of[dtype];
+    parallel_for(pool, blocks_of(length), [&](int64_t task) { kernel(call, task); });
+}
+
+// out[length] of `dtype`.
+template <class Pool>
+void rounded(Pool& pool, Dtype dtype, const float* in, int64_t length, void* out) {
+    const Rounded call{in, length, block_of(length), out};
+    const auto kernel = kernels().rounded.of[dtype];
+    parallel_for(pool, blocks_of(length), [&](int64_t task) { kernel(call, task); });
+}
+
 }  // namespace capibara

@@ -1,0 +1,16 @@
+// float32 to a row of another dtype.
+#pragma once
+
+#include "calls.hpp"
+#include "vector.hpp"
+
+namespace CAPIBARA_ISA {
+
+template <class T>
+void rounded(const capibara::Rounded& call, int64_t task) {
+    const int64_t first = task * call.block, last = call.length - first < call.block ? call.length : first + call.block;
+    T* out = static_cast<T*>(call.out);
+    for (int64_t k = first; k < last; ++k) from_float(call.in[k], out + k);
+}
+
+}  // namespace CAPIBARA_ISA
