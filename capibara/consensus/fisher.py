@@ -160,6 +160,8 @@ def _follow(
         name, inputs = equation.primitive.name, [read(atom) for atom in equation.invars]
         sources = [whence(atom) for atom in equation.invars]
         inner = next(_programs(equation.params), None) if name in INLINED else None
+        if equation.params.get("branches_platforms"):  # not a branch of the program: one for each kind of machine
+            inner, inputs, sources = _here(equation.params), inputs[1:], sources[1:]
         after: list[Any] = [None] * len(equation.outvars)
         if inner is not None:
             results, after = _follow(inner.jaxpr, inner.consts, inputs, sources, found, spoilt)
@@ -184,6 +186,16 @@ def _programs(parameters: Mapping[str, Any]) -> Iterator[Any]:
         inner = parameters.get(key)
         if inner is not None:
             yield inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
+
+
+def _here(parameters: Mapping[str, Any]) -> Any:
+    """Of the branches for different platforms, that of the default backend; None names all others."""
+    platforms = parameters["branches_platforms"]
+    return next(
+        branch
+        for branch, names in zip(parameters["branches"], platforms, strict=True)
+        if names is None or jax.default_backend() in names
+    )
 
 
 def _is_linear(dimensions: Any, inputs: list[Any], sources: list[Any]) -> bool:

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from capibara.kernels.attention import fast_attention, masked_attention
+from capibara.kernels.matmul import dot
 
 
 @jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x[..., D] @ kernel[D, E] → [..., E] in x's dtype, summed in float32."""
-    return _dot(x, kernel.astype(x.dtype), 1).astype(x.dtype)
+    return dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,)).astype(x.dtype)
 
 
 def _linear_forward(x: jax.Array, kernel: jax.Array):
@@ -29,10 +30,8 @@ def _linear_forward(x: jax.Array, kernel: jax.Array):
 def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array):
     x, kernel = saved
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    to_kernel = jax.lax.dot_general(rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    to_x = jax.lax.dot_general(
-        grad, kernel.astype(grad.dtype), (((grad.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    to_kernel = dot(rows, grads, (0,), (0,))
+    to_x = dot(grad, kernel.astype(grad.dtype), (grad.ndim - 1,), (1,))
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 
@@ -135,12 +134,6 @@ class AttentionBlock(nnx.Module):
         x = x + linear(mixed, self.out[...])
         y = rms_norm(x, self.norm_mlp[...], c.norm_eps)
         return x + linear(silu(linear(y, self.gate[...])) * linear(y, self.up[...]), self.down[...]), cache
-
-
-def _dot(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dot_general(
-        x, kernel, (((x.ndim - 1,), (axis - 1,)), ((), ())), preferred_element_type=jnp.float32
-    )
 
 
 def _matrix(rngs: nnx.Rngs, shape: tuple[int, int], scale: float) -> nnx.Param:

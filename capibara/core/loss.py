@@ -14,6 +14,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from capibara.kernels.matmul import dot
+
 AUTOMATIC_LIMIT = 2**23
 """Numbers of logits above which the loss goes by chunks: 32 MB in float32."""
 
@@ -75,12 +77,8 @@ def _chunked_forward(hidden, head, targets, weights, z_loss, chunk):
         pull = w * (1 + 2 * z_loss * partition)
         grad = jnp.exp(logits - partition[:, None]) * pull[:, None]
         grad = grad.at[jnp.arange(len(t)), t].add(-w).astype(h.dtype)
-        to_h = jax.lax.dot_general(
-            grad, head.astype(h.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        to_head = to_head + jax.lax.dot_general(
-            grad, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        to_h = dot(grad, head.astype(h.dtype), (1,), (0,))
+        to_head = to_head + dot(grad, h, (0,), (0,))
         return (total, to_head), to_h.astype(h.dtype)
 
     start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
@@ -97,9 +95,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(
-        hidden, head.astype(hidden.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return dot(hidden, head.astype(hidden.dtype), (1,), (1,))
 
 
 def _parts(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

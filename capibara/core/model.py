@@ -23,6 +23,7 @@ from capibara.core.layers import AttentionBlock, rms_norm
 from capibara.core.loss import head_loss, head_losses
 from capibara.errors import ConfigError, unknown_name
 from capibara.files import Files, read_tensors, tensors_to_bytes
+from capibara.kernels.matmul import dot
 from capibara.transforms.remat import recomputed
 from capibara.tree import from_named_leaves, named_leaves
 from capibara.types import Batch, Objective, PyTree
@@ -79,7 +80,7 @@ class ModularCapibaraModel(nnx.Module):
     ) -> jax.Array:
         """Logits float32[B, T, V] of tokens int32[B, T]."""
         x = self.hidden(tokens, segments=segments, positions=positions)
-        return jnp.einsum("btd,vd->btv", x, self._head().astype(x.dtype), preferred_element_type=jnp.float32)
+        return dot(x, self._head().astype(x.dtype), (2,), (1,))
 
     def loss(self, batch: Batch) -> jax.Array:
         """Mean loss in nats over the targets of a batch that count, z-loss included."""

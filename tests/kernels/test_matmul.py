@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from capibara.errors import ConfigError
-from capibara.kernels.matmul import optimized_matmul
+from capibara.kernels import matmul
+from capibara.kernels.matmul import dot, optimized_matmul
 
 
 @pytest.mark.parametrize("first", (False, True))
@@ -57,3 +58,42 @@ def test_nothing_in_gives_zeros_or_nothing():
 def test_what_does_not_fit_is_an_error(a, options: dict):
     with pytest.raises(ConfigError):
         optimized_matmul(a, jnp.ones((3, 5)), **options)
+
+
+@pytest.mark.parametrize("widens", (False, True))
+def test_widened_or_not_the_sums_are_those_of_float32(widens: bool, monkeypatch: pytest.MonkeyPatch):
+    """Products of two bfloat16 numbers are exact in float32; 300 additions of 2⁻²⁴ each, in any order."""
+    monkeypatch.setattr(matmul, "widens", lambda: widens)
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((4, 300), (300, 5)))
+    exact, most = np.asarray(a, np.float64) @ np.asarray(b, np.float64), 300 * 2**-24
+    found = jax.jit(lambda a, b: dot(a, b, (1,), (0,)))(a, b)
+    assert found.dtype == jnp.float32
+    assert np.all(abs(found - exact) <= most * (abs(np.asarray(a, np.float64)) @ abs(np.asarray(b, np.float64))))
+    to_a, to_b = jax.grad(lambda a, b: dot(a, b, (1,), (0,)).sum(), (0, 1))(a, b)
+    assert to_a.dtype == to_b.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(to_a), np.float64(b).sum(1)[None].repeat(4, 0), rtol=2**-7, atol=1e-6)
+    stacked = jax.vmap(lambda a: dot(a, b, (1,), (0,)))(jnp.stack([a, a]))
+    np.testing.assert_allclose(stacked[1], exact, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    (
+        ("GenuineIntel sse4_2", False),
+        ("GenuineIntel avx2", True),
+        ("GenuineIntel avx2 avx512_bf16", True),
+        ("GenuineIntel avx2 avx512_bf16 amx_bf16", False),
+        ("AuthenticAMD avx2", True),
+        ("AuthenticAMD avx2 avx512_bf16", False),
+        ("CPU implementer : 0x41 Features : bf16", False),
+    ),
+)
+def test_which_processors_widen(words: str, expected: bool, monkeypatch: pytest.MonkeyPatch):
+    matmul.widens.cache_clear()
+    monkeypatch.setattr(matmul.Path, "read_text", lambda path: words)
+    monkeypatch.setattr(matmul.Path, "exists", lambda path: True)
+    try:
+        assert matmul.widens() is expected
+    finally:
+        matmul.widens.cache_clear()
