@@ -4,10 +4,14 @@
 
 Products and their sums are taken in float64, block by block; deltas stay float32. A row that is not used is selected
 out, not multiplied by 0, so that nothing it holds (NaN, 1e30) reaches the others.
+
+On one CPU device the native kernels do the first two (`capibara.kernels.arrays`): they read the stack once, compile
+nothing, and the sum has the same bits on every machine. Elsewhere XLA does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from capibara.kernels import arrays
+from capibara.kernels.library import library
 from capibara.types import PyTree
 
 BLOCK_COLUMNS = 2**12
 """Columns of one product: 8 float64 rows of this length stay in a core's cache of 1 MB."""
+
+ALIGNED = 16
+"""Numbers of float32 to whose multiples JAX wants memory aligned that it is to share."""
 
 BLOCKS = 8
 """Products at a time; with the rows' float64 copies a step holds n · 2¹⁵ · 12 bytes, 3 MB for 8 rows."""
@@ -29,17 +38,23 @@ def gram_matrix(stack: PyTree, weights: Any) -> np.ndarray:
 
     Float32 products would be useless here: deltas of near-equal nodes cancel (docs/protocol.md, vote, step 1).
     """
+    keep, leaves = np.asarray(weights) > 0, jax.tree.leaves(stack)
+    if library() is not None and all(map(_in_memory, leaves)):
+        return sum((arrays.gram(_flat(leaf), keep, wide=True) for leaf in leaves), np.zeros((len(keep), len(keep))))
     with jax.enable_x64(True):
-        return np.asarray(_gram(jax.tree.leaves(stack), jnp.asarray(np.asarray(weights) > 0)))
+        return np.asarray(_gram(leaves, jnp.asarray(keep)))
 
 
 def weighted_sum(coefficients: Any, stack: PyTree, gram: np.ndarray | None = None) -> PyTree:
-    """Σᵢ vᵢ Δᵢ, leaf by leaf in float32; a row with coefficient 0 contributes nothing, whatever it holds.
+    """Σᵢ vᵢ Δᵢ, leaf by leaf; a row with coefficient 0 contributes nothing, whatever it holds.
 
-    Rows far from 1 are scaled by a power of two first, so that a coefficient of 1e-40 on a row of length 1e20 is not
-    lost to float32's range. Cost: one pass over the stack.
+    On one CPU device summed in float64 in the order of the rows and rounded once to float32. Elsewhere in float32: rows
+    far from 1 are scaled by a power of two first, so that a coefficient of 1e-40 on a row of length 1e20 is not lost to
+    float32's range. Cost: one pass over the stack.
     """
     v = np.asarray(coefficients, np.float64)
+    if all(map(_in_memory, jax.tree.leaves(stack))):
+        return jax.tree.map(lambda leaf: _summed(v, leaf), stack)
     scale = _power_of_two(gram, len(v))
     return _weighted(stack, (1 / scale).astype(np.float32), (v * scale).astype(np.float32), jnp.asarray(v != 0))
 
@@ -92,6 +107,27 @@ def cosine(a: PyTree, b: PyTree) -> float:
 def draw_to(centre: PyTree, delta: PyTree, factor: float) -> PyTree:
     """c + factor · (Δ − c), leaf by leaf in float32."""
     return _drawn(delta, centre, np.float32(factor))
+
+
+def _in_memory(leaf: Any) -> bool:
+    """Whether the kernels for NumPy arrays can read a leaf where it lies."""
+    if leaf.dtype not in (jnp.float32, jnp.bfloat16):
+        return False
+    return isinstance(leaf, np.ndarray) or {device.platform for device in leaf.devices()} == {"cpu"} and (
+        len(leaf.devices()) == 1
+    )
+
+
+def _flat(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+
+
+def _summed(v: np.ndarray, leaf: Any) -> jax.Array:
+    """Σᵢ vᵢ Δᵢ of one leaf, in memory that JAX takes over without a copy."""
+    count = math.prod(leaf.shape[1:])
+    room = np.empty(count + ALIGNED, np.float32)
+    start = -room.ctypes.data % (4 * ALIGNED) // 4
+    return jnp.asarray(arrays.weighted_sum(_flat(leaf), v, room[start : start + count]).reshape(leaf.shape[1:]))
 
 
 def _power_of_two(gram: np.ndarray | None, count: int) -> np.ndarray:

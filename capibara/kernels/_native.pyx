@@ -33,7 +33,7 @@ cdef extern from "parallel.hpp" namespace "capibara" nogil:
 cdef extern from "votes.hpp" namespace "capibara" nogil:
     void run_gram "capibara::gram"(
         Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, const float* reference,
-        int64_t length, double* out
+        is_true wide, int64_t length, double* out
     ) except +
     void run_weighted_sum "capibara::weighted_sum"(
         Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, int64_t length, float* out
@@ -86,7 +86,8 @@ cdef vector[const void*] pointers(list addresses):
 
 
 def gram(
-    list rows, bint is_bfloat16, uintptr_t weights, uintptr_t reference, int64_t length, uintptr_t out, int64_t threads
+    list rows, bint is_bfloat16, uintptr_t weights, uintptr_t reference, bint wide, int64_t length,
+    uintptr_t out, int64_t threads
 ):
     """Writes float64[n, n] at `out`; nothing is subtracted where `reference` is 0."""
     cdef vector[const void*] found = pointers(rows)
@@ -95,7 +96,8 @@ def gram(
     try:
         with nogil:
             run_gram(
-                pool[0], dtype, found, <const double*> weights, <const float*> reference, length, <double*> out
+                pool[0], dtype, found, <const double*> weights, <const float*> reference, wide, length,
+                <double*> out
             )
     finally:
         del pool

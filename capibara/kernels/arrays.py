@@ -22,16 +22,23 @@ MOST_SORTED = 1024
 
 
 def gram(
-    rows: Any, weights: Any = None, *, less: np.ndarray | None = None, threads: int | None = None
+    rows: Any,
+    weights: Any = None,
+    *,
+    less: np.ndarray | None = None,
+    wide: bool = False,
+    threads: int | None = None,
 ) -> np.ndarray:
-    """Inner products of n rows or of their differences from one: short runs in float32, their sums in float64.
+    """Inner products of n rows or of their differences from one.
 
-    Cost: one pass over the rows, n² d multiplications. |error| ≤ 1e-6 · ‖a‖ ‖b‖, and typically a hundredth of that.
+    Short runs are summed in float32, those sums in float64: |error| ≤ 1e-6 · ‖a‖ ‖b‖, and typically a hundredth of
+    that. Wide, all is float64. Cost: one pass over the rows, n² d multiplications.
 
     Args:
       rows: [n, d]. A row whose numbers do not lie side by side is copied first.
       weights: [n]; those that are 0 leave their row out. None reads all.
       less: float32[d], contiguous; subtracted from every row, in float32, before it is multiplied.
+      wide: Whether products are float64 too, which holds them exactly; about half as fast where memory is no limit.
       threads: How many to use; None is as many as the process may run on.
 
     Returns:
@@ -55,7 +62,7 @@ def gram(
         return reference.gram(given, shares, less)
     out = np.zeros((len(given), len(given)))
     subtracted = 0 if less is None else less.ctypes.data
-    places = shares.ctypes.data, subtracted, length, out.ctypes.data
+    places = shares.ctypes.data, subtracted, wide, length, out.ctypes.data
     found.gram(_addresses(given), _is_bfloat16(given), *places, threads)
     return out
 

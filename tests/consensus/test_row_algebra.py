@@ -11,6 +11,14 @@ from capibara.consensus import row_algebra
 from capibara.consensus.row_algebra import cosine, distance_from, gram_matrix, materialise, weighted_sum
 
 
+@pytest.fixture(params=("kernels", "XLA"), autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels for arrays in memory, and XLA, which serves all other devices."""
+    if request.param == "XLA":
+        monkeypatch.setattr(row_algebra, "_in_memory", lambda leaf: False)
+    return request.param
+
+
 @pytest.fixture
 def deltas() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(6, 9)).astype(np.float32)
@@ -95,3 +103,23 @@ def test_distances_add_up_over_leaves(deltas):
     one, other = ({"a": d[:4], "b": {"c": d[4:, None]}} for d in (deltas[0], deltas[1]))
     expected = np.linalg.norm(deltas[0].astype(np.float64) - deltas[1])
     assert distance_from(one, other) == pytest.approx(expected, rel=1e-12)
+
+
+def test_both_ways_to_sum_give_the_same_numbers(deltas, monkeypatch):
+    v = np.array([0.2, 0, -0.5, 1, 0.25, 0.05])
+    deltas[1] = np.nan
+    ours = as_row(weighted_sum(v, as_stack(deltas)))
+    monkeypatch.setattr(row_algebra, "_in_memory", lambda leaf: True)
+    used = np.flatnonzero(v)
+    exact = (v[used] @ deltas[used].astype(np.float64)).astype(np.float32)
+    np.testing.assert_array_equal(as_row(weighted_sum(v, as_stack(deltas))), exact)
+    np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_the_sum_is_an_array_of_jax_that_owns_its_memory(deltas):
+    """Large enough to be shared without a copy: later sums do not write over it."""
+    rows = np.random.default_rng(2).normal(size=(2, 100, 1000)).astype(np.float32)
+    first = weighted_sum([1.0, 0.0], {"w": jnp.asarray(rows)})["w"]
+    for _ in range(5):
+        weighted_sum([0.0, 1.0], {"w": jnp.asarray(rows)})
+    np.testing.assert_array_equal(first, rows[0])

@@ -13,6 +13,7 @@ struct Gram {
     int64_t n, length, block;
     double* partial;  // [tasks, n, n]
     const float* reference;  // subtracted from every row, or null
+    bool wide;               // products in float64 too
 };
 
 // out = sum of weights[i] * rows[i], summed in float64 and rounded once: the same bits on every machine.

@@ -29,7 +29,7 @@ ffi::Error gram_handler(ffi::ThreadPool pool, ffi::AnyBuffer stack, ffi::Buffer<
     if (ffi::Error error = read_dtype(stack, &dtype); error.failure()) return error;
     const int64_t n = stack.dimensions()[0];
     std::vector<double> found(static_cast<size_t>(n * n));
-    gram(pool, dtype, rows_of(stack, dtype), weights.typed_data(), nullptr, stack.dimensions()[1], found.data());
+    gram(pool, dtype, rows_of(stack, dtype), weights.typed_data(), nullptr, false, stack.dimensions()[1], found.data());
     const bool is_double = out->element_type() == ffi::F64;
     for (int64_t i = 0; i < n * n; ++i)
         if (is_double) static_cast<double*>(out->untyped_data())[i] = found[i];
