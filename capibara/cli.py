@@ -215,7 +215,8 @@ def config_check(config_path: str, overrides: tuple[str, ...], print_config: boo
 
 
 @command(main, "doctor")
-def doctor(as_json: bool) -> None:
+@click.option("--speed", is_flag=True, help="Also measure the CPU against its own peak, in about 20 s.")
+def doctor(speed: bool, as_json: bool) -> None:
     """Look at this machine.
 
     JAX and its devices, memory, disk, versions, and how to install what is missing; exit code 1 where nothing can be
@@ -227,7 +228,13 @@ def doctor(as_json: bool) -> None:
     prepare_process()
     with interrupts_wait():
         findings = examine()
-    say(as_json, findings, doctor_text(findings))
+    text = doctor_text(findings)
+    if speed and not findings["problem"]:
+        from capibara.run.speed import measure, speed_text
+
+        findings["speed"] = measure(tell=lambda what: click.echo(f"measuring {what} …", err=True))
+        text += "\n\n" + speed_text(findings["speed"])
+    say(as_json, findings, text)
     sys.exit(1 if findings["problem"] else 0)
 
 

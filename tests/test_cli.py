@@ -14,12 +14,17 @@ import tiny_text
 from click.testing import CliRunner, Result
 
 from capibara.cli import main
+from capibara.kernels.library import instruction_set
 from capibara.run.directory import CERTIFICATES, Run
 
 LINE = re.compile(
     r"round \d+/2  step \d+  loss \d+\.\d{4}  test \d+\.\d{4}  [\d,]+ tokens/s  [\d:]+ left  backing 3/4  committed  "
     r"\(3 low quality\)"
 )
+
+
+KINDS = ("threads", "frequency", "allocator", "kernels", "bfloat16")
+"""What `doctor --speed` finds fault with."""
 
 
 def call(*arguments: object, **options: str) -> Result:
@@ -279,6 +284,18 @@ def test_the_doctor_finds_a_device_here():
     findings = json.loads(result.stdout)
     assert findings["devices"] and findings["problem"] is None
     assert findings["devices"][0] in call("doctor").stdout
+
+
+@pytest.mark.slow
+def test_the_doctor_measures_shares_of_a_peak_that_nothing_exceeds():
+    """A quarter of room: the clock may change between the peak and what is compared with it."""
+    speed = json.loads(call("doctor", "--speed", "--json").stdout)["speed"]
+    shares = {row["what"]: row["share"] for row in speed["rows"] if row["share"] is not None}
+    if instruction_set():
+        assert {"product, float32", "attention, with gradient", "training step", "the vote's products"} <= set(shares)
+        assert all(0.01 < shares[what] < 1.25 for what in shares if "products" not in what), shares
+    assert all(row["value"] > 0 for row in speed["rows"])
+    assert all(finding.split(":")[0] in KINDS for finding in speed["findings"])
 
 
 def test_a_reader_that_goes_away_is_no_error_of_ours(run):

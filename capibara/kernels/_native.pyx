@@ -13,6 +13,7 @@ cdef extern from "table.hpp" namespace "capibara" nogil:
         BFLOAT16
     cdef cppclass Kernels:
         const char* name
+        int64_t (*multiply_adds)(int64_t rounds)
     const Kernels* const* usable()
     const Kernels& kernels()
     is_true use(const char* name)
@@ -138,3 +139,11 @@ def to_bfloat16(uintptr_t given, int64_t length, uintptr_t out, int64_t threads)
             run_rounded(pool[0], BFLOAT16, <const float*> given, length, <void*> out)
     finally:
         del pool
+
+
+def multiply_adds(int64_t rounds):
+    """Runs on the caller's thread, without the GIL; returns the number of operations."""
+    cdef int64_t done
+    with nogil:
+        done = kernels().multiply_adds(rounds)
+    return done

@@ -4,6 +4,7 @@
 // linker keeps one copy of those, perhaps the one with instructions that another machine lacks.
 #include "attention.hpp"
 #include "gram.hpp"
+#include "peak.hpp"
 #include "rounded.hpp"
 #include "sorted_mean.hpp"
 #include "table.hpp"
@@ -16,6 +17,7 @@ namespace CAPIBARA_ISA {
 const capibara::Kernels& table() {
     static constexpr capibara::Kernels found = {
         CAPIBARA_NAME,
+        multiply_adds,
         CAPIBARA_BOTH(gram),
         CAPIBARA_BOTH(weighted_sum),
         CAPIBARA_BOTH(sorted_mean),

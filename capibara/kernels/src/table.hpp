@@ -14,6 +14,7 @@ struct Kernel {
 
 struct Kernels {
     const char* name;  // of the instruction set
+    int64_t (*multiply_adds)(int64_t rounds);
     Kernel<Gram> gram;
     Kernel<WeightedSum> weighted_sum;
     Kernel<SortedMean> sorted_mean;
