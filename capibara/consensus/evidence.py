@@ -183,10 +183,15 @@ def read_logs(objective: Objective, params: PyTree, held: HeldOut) -> tuple[np.n
     return np.concatenate(logs), Rows(columns[0].astype(np.float64), *columns[1:])
 
 
-def pieces(batch: Batch) -> list[tuple[Batch, int]]:
-    """A batch as pieces of one shape, each with how many of its sequences are its own: the last is filled up."""
+def pieces(batch: Batch, tokens: int = TOKENS_AT_ONCE) -> list[tuple[Batch, int]]:
+    """A batch as pieces of one shape, each with how many of its sequences are its own: the last is filled up.
+
+    Args:
+      batch: Leaves [sequences, ...].
+      tokens: Of a piece, at most, if a sequence is not longer.
+    """
     count, shape = _count(batch), np.shape(jax.tree.leaves(dict(batch))[0])
-    at_once = max(1, min(count, TOKENS_AT_ONCE // max(int(np.prod(shape[1:2])), 1)))
+    at_once = max(1, min(count, tokens // max(int(np.prod(shape[1:2])), 1)))
     found = []
     for first in range(0, count, at_once):
         own = min(at_once, count - first)

@@ -18,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from capibara.consensus.evidence import HeldOut, pieces
+from capibara.consensus.evidence import TOKENS_AT_ONCE, HeldOut, pieces
 from capibara.consensus.simplex import Penalty, Smooth, Solution, linear_gap, minimise, project
 from capibara.errors import ConfigError
 from capibara.types import Objective, PyTree
 
 LARGEST_STEPS = 10
+TOKENS_OF_A_PRODUCT = 512
+"""At once in a Hessian-vector product, which keeps what several gradients keep."""
+
 SHRINK = 0.25
 
 
@@ -51,13 +54,13 @@ class WeightSpace(NamedTuple):
 
     def derivatives(self, w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """Mean loss, gradient and Hessian float64[M, M]. Cost: M Hessian-vector products, each 2 to 4 gradients."""
-        value, gradient, hessian = self._sum(_curve, w)
+        value, gradient, hessian = self._sum(_curve, w, TOKENS_OF_A_PRODUCT)
         return float(value), gradient, (hessian + hessian.T) / 2
 
-    def _sum(self, what: Any, w: np.ndarray) -> list[np.ndarray]:
+    def _sum(self, what: Any, w: np.ndarray, tokens_at_once: int = TOKENS_AT_ONCE) -> list[np.ndarray]:
         totals, tokens = None, 0.0
         for batch in self.held.batches:
-            for piece, own in pieces(batch):
+            for piece, own in pieces(batch, tokens_at_once):
                 keep = np.arange(len(jax.tree.leaves(dict(piece))[0])) < own
                 found, counted = what(
                     jnp.asarray(w, jnp.float32), self.stack, piece, keep, losses=self.objective.sequence_losses
