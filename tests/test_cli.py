@@ -298,6 +298,11 @@ def test_the_doctor_measures_shares_of_a_peak_that_nothing_exceeds():
     assert all(finding.split(":")[0] in KINDS for finding in speed["findings"])
 
 
+def test_a_certificate_names_the_kernels_that_ran(run):
+    lines = (run / CERTIFICATES).read_text().splitlines()
+    assert lines and all(json.loads(line)["environment"]["kernels"] == instruction_set() for line in lines)
+
+
 def test_a_reader_that_goes_away_is_no_error_of_ours(run):
     process = tiny_text.start("runs", "show", run)
     assert process.stdout and process.stderr

@@ -26,6 +26,7 @@ from capibara.core.tokenizer import load_tokenizer
 from capibara.data.batches import TextSource, documents_of, open_source
 from capibara.data.prepare import Note
 from capibara.errors import CertificateError, RunError
+from capibara.kernels.library import instruction_set
 from capibara.round_state import RoundPlan, RoundState
 from capibara.run.checkpoint import checkpoints, load_checkpoint, newest_intact
 from capibara.run.directory import SOLO, Run, check_format
@@ -292,7 +293,7 @@ def environment() -> dict[str, Any]:
     """Machine and versions, for certificates; outside the hash."""
     packages = {name: version(name) for name in ("jax", "flax", "optax", "numpy", "blake3")}
     return {"machine": platform.machine(), "python": platform.python_version(), "backend": jax.default_backend(),
-            "packages": packages}  # fmt: skip
+            "kernels": instruction_set(), "packages": packages}  # fmt: skip
 
 
 def _text(config: ModularConfig, run: Run, model: Any, note: Note | None) -> TextSource:
