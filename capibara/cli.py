@@ -232,7 +232,7 @@ def doctor(speed: bool, as_json: bool) -> None:
     if speed and not findings["problem"]:
         from capibara.run.speed import measure, speed_text
 
-        findings["speed"] = measure(tell=lambda what: click.echo(f"measuring {what} …", err=True))
+        findings["speed"] = measure(note=note_to(as_json))
         text += "\n\n" + speed_text(findings["speed"])
     say(as_json, findings, text)
     sys.exit(1 if findings["problem"] else 0)

@@ -40,6 +40,11 @@ def tune_allocator() -> bool:
     return all(mallopt(option, value) == 1 for option, value in settings)
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare_process() -> None:
     """What our own command and workers do before JAX starts: tunes the allocator, and keeps log noise of XLA away."""
     tune_allocator()

@@ -5,8 +5,9 @@
 Products and their sums are taken in float64, block by block; deltas stay float32. A row that is not used is selected
 out, not multiplied by 0, so that nothing it holds (NaN, 1e30) reaches the others.
 
-On one CPU device the native kernels do the first two (`capibara.kernels.arrays`): they read the stack once, compile
-nothing, and the sum has the same bits on every machine. Elsewhere XLA does.
+On one CPU device `capibara.kernels.arrays` does the first two: it reads the stack once and compiles nothing, and the
+sum has the same bits on every machine, with native kernels and without. On other devices, and for products without
+native kernels, XLA does.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ def _summed(v: np.ndarray, leaf: Any) -> jax.Array:
     count = math.prod(leaf.shape[1:])
     room = np.empty(count + ALIGNED, np.float32)
     start = -room.ctypes.data % (4 * ALIGNED) // 4
-    return jnp.asarray(arrays.weighted_sum(_flat(leaf), v, room[start : start + count]).reshape(leaf.shape[1:]))
+    found = arrays.weighted_sum(_flat(leaf), v, room[start : start + count]).reshape(leaf.shape[1:])
+    device = None if isinstance(leaf, np.ndarray) else next(iter(leaf.devices()))
+    return jax.device_put(found, device, may_alias=True)
 
 
 def _power_of_two(gram: np.ndarray | None, count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from flax import nnx
 from capibara.core.layers import rms_norm
 from capibara.core.tokenizer import byte_tokenizer
 from capibara.errors import ConfigError
+from capibara.kernels.matmul import dot
 
 
 def generate(
@@ -71,7 +72,7 @@ def generate(
     out = _generate(
         state, jnp.asarray(padded), ids.shape[1], jax.random.key(seed), np.float32(temperature),
         np.float32(1.0 if top_p is None else top_p), graph=graph, count=max_new_tokens, size=min(size, limit),
-        top_k=top_k or 0, greedy=temperature == 0,
+        top_k=top_k or 0, whole=top_k is None and top_p in (None, 1), greedy=temperature == 0,
     )  # fmt: skip
     new = np.asarray(out)
     if not as_text:
@@ -80,10 +81,12 @@ def generate(
     return tokenizer.decode(new[0][: ends[0]] if len(ends) else new[0])
 
 
-@partial(jax.jit, static_argnames=("graph", "count", "size", "top_k", "greedy"))
-def _generate(state, prompt, length, key, temperature, top_p, *, graph, count, size, top_k, greedy):
+@partial(jax.jit, static_argnames=("graph", "count", "size", "top_k", "whole", "greedy"))
+def _generate(state, prompt, length, key, temperature, top_p, *, graph, count, size, top_k, whole, greedy):
+    config = nnx.merge(graph, state).config
+    # once, not at every token: the layers would cast their matrices where they use them
+    state = jax.tree.map(lambda leaf: leaf.astype(config.dtype) if leaf.ndim > 1 else leaf, state)
     model = nnx.merge(graph, state)
-    config = model.config
     B, T = prompt.shape
     size = max(size, T)
     empty = jnp.zeros((B, size, config.kv_heads, config.head_size), config.dtype)
@@ -99,7 +102,7 @@ def _generate(state, prompt, length, key, temperature, top_p, *, graph, count, s
         return rms_norm(x, model.norm[...], config.norm_eps), after
 
     def logits_of(x):
-        return jnp.einsum("bd,vd->bv", x, model._head().astype(x.dtype), preferred_element_type=jnp.float32)
+        return dot(x, model._head().astype(x.dtype), (1,), (1,))
 
     caches = [(empty, empty, 0) for _ in model.blocks]
     x, caches = read(prompt, jnp.broadcast_to(jnp.arange(T), (B, T)), caches)
@@ -108,7 +111,12 @@ def _generate(state, prompt, length, key, temperature, top_p, *, graph, count, s
 
     def step(carry, step_key):
         logits, caches = carry
-        token = logits.argmax(-1) if greedy else _draw(logits / temperature, step_key, top_k, top_p)
+        if greedy:
+            token = logits.argmax(-1)
+        elif whole:
+            token = jax.random.categorical(step_key, logits / temperature)
+        else:
+            token = _draw(logits / temperature, step_key, top_k, top_p)
         x, caches = read(token[:, None], jnp.broadcast_to(caches[0][2], (B, 1)), caches)
         return (logits_of(x[:, 0]), caches), token
 

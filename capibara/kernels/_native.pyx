@@ -33,7 +33,7 @@ cdef extern from "parallel.hpp" namespace "capibara" nogil:
 
 cdef extern from "votes.hpp" namespace "capibara" nogil:
     void run_gram "capibara::gram"(
-        Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, const float* reference,
+        Threads& pool, Dtype dtype, const vector[const void*]& rows, const double* weights, const float* centre,
         is_true wide, int64_t length, double* out
     ) except +
     void run_weighted_sum "capibara::weighted_sum"(
@@ -87,17 +87,17 @@ cdef vector[const void*] pointers(list addresses):
 
 
 def gram(
-    list rows, bint is_bfloat16, uintptr_t weights, uintptr_t reference, bint wide, int64_t length,
+    list rows, bint is_bfloat16, uintptr_t weights, uintptr_t centre, bint wide, int64_t length,
     uintptr_t out, int64_t threads
 ):
-    """Writes float64[n, n] at `out`; nothing is subtracted where `reference` is 0."""
+    """Writes float64[n, n] at `out`; nothing is subtracted where `centre` is 0."""
     cdef vector[const void*] found = pointers(rows)
     cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
     cdef Threads* pool = new Threads(threads)
     try:
         with nogil:
             run_gram(
-                pool[0], dtype, found, <const double*> weights, <const float*> reference, wide, length,
+                pool[0], dtype, found, <const double*> weights, <const float*> centre, wide, length,
                 <double*> out
             )
     finally:

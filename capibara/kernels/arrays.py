@@ -1,13 +1,12 @@
-"""Gram matrix, weighted sum and sorted middles of long rows, in memory or mapped files, in one pass: for NumPy arrays.
+"""Gram matrix, weighted sum, sorted middles and rounding of long rows, in memory or mapped files, for NumPy arrays.
 
 Rows are a 2-D array or a list of 1-D arrays of equal length, float32 or bfloat16, `np.memmap` too. A row of weight 0 is
-never read: NaNs in it change nothing. Results do not depend on the number of threads. Without the native kernels the
-reference in NumPy runs. The GIL is free meanwhile.
+never read: NaNs in it change nothing. Each function passes over the rows once, and its result does not depend on the
+number of threads. Without the native kernels the reference in NumPy runs. The GIL is free meanwhile.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,16 +15,17 @@ import numpy as np
 from capibara.errors import ConfigError
 from capibara.kernels import reference
 from capibara.kernels.library import library
+from capibara.runtime import usable_cores
 
 MOST_SORTED = 1024
-"""Rows of `sorted_mean`: a tile of all of them stays in the nearest cache."""
+"""Rows of `sorted_mean`: a tile of all of them, a vector each, is at most 64 KB."""
 
 
 def gram(
     rows: Any,
     weights: Any = None,
     *,
-    less: np.ndarray | None = None,
+    centre: np.ndarray | None = None,
     wide: bool = False,
     threads: int | None = None,
 ) -> np.ndarray:
@@ -37,7 +37,7 @@ def gram(
     Args:
       rows: [n, d]. A row whose numbers do not lie side by side is copied first.
       weights: [n]; those that are 0 leave their row out. None reads all.
-      less: float32[d], contiguous; subtracted from every row, in float32, before it is multiplied.
+      centre: float32[d], contiguous; subtracted from every row, in float32, before it is multiplied.
       wide: Whether products are float64 too, which holds them exactly; about half as fast where memory is no limit.
       threads: How many to use; None is as many as the process may run on.
 
@@ -56,12 +56,12 @@ def gram(
     given, threads = _side_by_side(given, shares), _threads(threads)
     found = library()
     length = len(given[0]) if given else 0
-    if less is not None and not (less.dtype == np.float32 and less.shape == (length,) and less.flags.c_contiguous):
-        raise ConfigError(f"less is a contiguous float32[{length}]; got {less.dtype}{list(less.shape)}. Cast it first.")
+    if centre is not None:
+        _check(centre, "centre", length)
     if found is None:
-        return reference.gram(given, shares, less)
+        return reference.gram(given, shares, centre)
     out = np.zeros((len(given), len(given)))
-    subtracted = 0 if less is None else less.ctypes.data
+    subtracted = 0 if centre is None else centre.ctypes.data
     places = shares.ctypes.data, subtracted, wide, length, out.ctypes.data
     found.gram(_addresses(given), _is_bfloat16(given), *places, threads)
     return out
@@ -130,13 +130,16 @@ def sorted_mean(
       [1.0, 4.0]
     """
     given, threads = _rows(rows), _threads(threads)
-    steps = np.ascontiguousarray(steps, np.int32).reshape(-1, 2)
+    steps = np.asarray(steps)
+    if steps.ndim != 2 or steps.shape[1] != 2:
+        raise ConfigError(f"Steps are pairs, int32[k, 2]; got an array of shape {list(steps.shape)}.")
     if not 1 <= len(given) <= MOST_SORTED or not 0 <= low < high <= len(given):
         raise ConfigError(
             f"Positions {low} to {high} of {len(given)} rows: give 0 ≤ low < high ≤ rows, 1 to {MOST_SORTED} rows."
         )
     if steps.size and not 0 <= steps.min() <= steps.max() < len(given):
         raise ConfigError(f"Steps name rows 0 to {len(given) - 1}; got {steps.min()} and {steps.max()}.")
+    steps = np.ascontiguousarray(steps, np.int32)
     out = _room(out, given)
     given = _side_by_side(given, np.ones(len(given)))
     found = library()
@@ -155,19 +158,16 @@ def to_bfloat16(values: np.ndarray, out: np.ndarray | None = None, *, threads: i
       out: bfloat16[d], contiguous. A new array by default.
       threads: How many to use; None is as many as the process may run on.
 
+    Returns:
+      bfloat16[d]: `out` where it was given.
+
     Raises:
       ConfigError: If `values` or `out` is something else.
     """
     import ml_dtypes
 
-    bfloat16 = np.dtype(ml_dtypes.bfloat16)
-    if out is None:
-        out = np.empty(values.shape, bfloat16)
-    for name, array, dtype in (("values", values, np.dtype(np.float32)), ("out", out, bfloat16)):
-        if array.dtype != dtype or array.shape != (values.size,) or not array.flags.c_contiguous:
-            raise ConfigError(
-                f"{name} is a contiguous {dtype}[{values.size}]; got {array.dtype}{list(array.shape)}. Cast it first."
-            )
+    _check(values, "values", values.size)
+    out = _room(out, [values], np.dtype(ml_dtypes.bfloat16))
     found = library()
     if found is None:
         out[...] = values
@@ -176,18 +176,25 @@ def to_bfloat16(values: np.ndarray, out: np.ndarray | None = None, *, threads: i
     return out
 
 
-def _room(out: np.ndarray | None, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """`out`, or a new float32[d]."""
-    length = len(rows[0])
+def _room(out: np.ndarray | None, rows: Sequence[np.ndarray], dtype: Any = np.float32) -> np.ndarray:
+    """`out`, or a new array as long as a row."""
+    length, dtype = len(rows[0]), np.dtype(dtype)
     if out is None:
-        return np.empty(length, np.float32)
-    fits = out.dtype == np.float32 and out.shape == (length,) and out.flags.carray
+        return np.empty(length, dtype)
+    fits = out.dtype == dtype and out.shape == (length,) and out.flags.c_contiguous and out.flags.writeable
     if not fits or any(np.may_share_memory(out, row) for row in rows):
         raise ConfigError(
-            f"out must be a writable, contiguous float32[{length}] that shares no memory with the rows; got "
+            f"out must be a writable, contiguous {dtype}[{length}] that shares no memory with the rows; got "
             f"{out.dtype}{list(out.shape)}. Leave it out for a new array."
         )
     return out
+
+
+def _check(array: np.ndarray, name: str, length: int) -> None:
+    if array.dtype != np.float32 or array.shape != (length,) or not array.flags.c_contiguous:
+        raise ConfigError(
+            f"{name} is a contiguous float32[{length}]; got {array.dtype}{list(array.shape)}. Cast it first."
+        )
 
 
 def _rows(rows: Any) -> list[np.ndarray]:
@@ -229,4 +236,4 @@ def _is_bfloat16(rows: Sequence[np.ndarray]) -> bool:
 def _threads(threads: int | None) -> int:
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is 1 or more; got {threads}. Leave it out for as many as there are cores.")
-    return threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return threads or usable_cores()

@@ -14,14 +14,14 @@ import numpy as np
 BLOCK = 1 << 16
 
 
-def gram(rows: Sequence[np.ndarray], weights: np.ndarray, less: np.ndarray | None = None) -> np.ndarray:
-    """float64[n, n] of n rows of equal length, each less the row r where it is given."""
+def gram(rows: Sequence[np.ndarray], weights: np.ndarray, centre: np.ndarray | None = None) -> np.ndarray:
+    """float64[n, n] of n rows of equal length, each less the centre r where it is given."""
     found = np.zeros((len(rows), len(rows)))
     read = np.flatnonzero(weights).tolist()
     for start in range(0, len(rows[0]) if len(rows) else 0, BLOCK):
         block = [rows[i][start : start + BLOCK] for i in read]
-        if less is not None:  # in the precision of the rows
-            block = [row - less[start : start + BLOCK] for row in block]
+        if centre is not None:  # in the precision of the rows
+            block = [row - centre[start : start + BLOCK] for row in block]
         block = np.array(block, np.float64)
         if len(read):
             found[np.ix_(read, read)] += block @ block.T

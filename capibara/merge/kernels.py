@@ -1,11 +1,11 @@
 """What is done with the same few thousand numbers of every input: sums, middles, products, in cache-sized tiles.
 
     linear        Σᵢ cᵢ θᵢ + s · median          summed in float64 in the order of the inputs, rounded once
-    coordinate    median, trimmed mean           a sorting network of minima and maxima, in NumPy
+    coordinate    median, trimmed mean           a sorting network of minima and maxima
     gram          ⟨θᵢ − r, θⱼ − r⟩               float64 sums; r the median, a base model, the first row, or zero
 
-Sums, and products of differences from the first row, are native kernels where they are built (`capibara.kernels`); the
-sums have the same bits with and without them, on every machine.
+Sums, middles, and products of differences from the first row, are native kernels where they are built
+(`capibara.kernels`); sums and middles have the same bits with and without them, on every machine.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def tile_numbers(num_rows: int, precision: np.dtype) -> int:
 
 
 def mean(rows: Rows, first: int, last: int, name: str) -> np.ndarray:
-    """The sum in the order of the inputs, each divided by their number."""
+    """The sum in the order of the inputs, each divided by their number; equal float32 inputs give themselves."""
     n = rows.num_inputs
     return _sum(rows, rows.together(range(n), first, last), np.full(n, 1 / n))
 
@@ -106,6 +106,8 @@ def linear(coefficients: Callable[[str], np.ndarray], share: float = 0.0, keep: 
         weights, added = c[used], rows.together(used, first, last, decoded=bool(share))
         if share:
             weights, added = np.append(weights, share), [*added, median(rows, first, last, name, keep)]
+        if not added:
+            return np.zeros(last - first, rows.precision)
         return _sum(rows, added, weights)
 
     return combine
@@ -146,8 +148,8 @@ def gram(rows: Rows, first: int, last: int, keep: Sequence[int], centre: str | i
         unless it is far from the others (`conditioned`); or the number of the input that the others are changes of.
 
     Returns:
-      float64[m, m] of the m kept rows (with `first` to about 1e-6 of the product of two lengths), and bool[m], the rows
-      with a number that is not finite (then the products count for nothing).
+      float64[m, m] of the m kept rows (of float32 rows with `first` to about 1e-6 of the product of two lengths), and
+      bool[m], the rows with a number that is not finite (then the products count for nothing).
     """
     m = len(keep)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -169,25 +171,25 @@ def _differences(rows: Rows, first: int, last: int, keep: Sequence[int], centre:
     """float64[m, count] of all rows from a reference."""
     count = last - first
     if centre == "zero":
-        less = None
+        origin = None
     elif centre == "median":
-        less = median(rows, first, last, "", keep)
+        origin = median(rows, first, last, "", keep)
     else:
-        less = rows.row(int(centre), first, last, room="reference", own=True)
+        origin = rows.row(int(centre), first, last, room="reference", own=True)
     deltas = rows.room(("deltas", len(keep)), len(keep) * count, np.float64).reshape(len(keep), count)
     gap = rows.room("gap", count)
     for k, i in enumerate(keep):
         row = rows.row(i, first, last)
-        deltas[k] = row if less is None else np.subtract(row, less, out=gap)
+        deltas[k] = row if origin is None else np.subtract(row, origin, out=gap)
     return deltas
 
 
 def _from_first(rows: Rows, first: int, last: int, keep: Sequence[int]) -> np.ndarray | None:
     """Products of differences from the first row by float32 arithmetic; None where that would lose what matters."""
-    less = rows.row(keep[0], first, last, room="reference", own=True)
-    products = arrays.gram(rows.together(keep[1:], first, last), less=less, threads=1)
+    origin = rows.row(keep[0], first, last, room="reference", own=True)
+    products = arrays.gram(rows.together(keep[1:], first, last), centre=origin, threads=1)
     tiny = [i for i, squared in zip(keep[1:], np.diagonal(products), strict=True) if squared < SMALL]
-    if not np.isfinite(products).all() or not all(np.array_equal(rows.row(i, first, last), less) for i in tiny):
+    if not np.isfinite(products).all() or not all(np.array_equal(rows.row(i, first, last), origin) for i in tiny):
         return None
     return np.pad(products, ((1, 0), (1, 0)))
 

@@ -2,8 +2,8 @@
 
     v₀ … vₙ₋₁ ─► comparators (min, max) ─► v₍low₎ … v₍high−1₎ ─► their mean
 
-Rows are sorted as the integers that stand in the order of their numbers, −0 before 0: bfloat16 is half the bytes. The
-native kernel does it where it is built and for what it takes, NumPy else; the bits are the same.
+Rows are sorted as the integers that stand in the order of their numbers, −0 before 0; where all are bfloat16, that is
+half the bytes. The native kernel does it where it is built and for what it takes, NumPy else; the bits are the same.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ def middle(rows: Rows, first: int, last: int, low: int, high: int, keep: Sequenc
     if library() is not None and out.dtype == np.float32 and len(given) <= arrays.MOST_SORTED:
         return arrays.sorted_mean(given, _pairs(len(given), low, high), low, high, out, threads=1)
     integers = INTEGERS[given[0].dtype.itemsize]
-    values = [_ordered(row.view(integers), rows.room(("sorted", k), len(row), integers)) for k, row in enumerate(given)]
+    values = [
+        _ordered(row.view(integers), rows.room(("sorted", k, integers), len(row), integers))
+        for k, row in enumerate(given)
+    ]
     hidden = _hidden(given)
-    middles = _sorted(values, rows.room(("sorted", "spare"), len(out), integers), low, high)
-    mask = rows.room(("sorted", "mask"), len(out), integers)
+    middles = _sorted(values, rows.room(("sorted", "spare", integers), len(out), integers), low, high)
+    mask = rows.room(("sorted", "mask", integers), len(out), integers)
     for k, value in enumerate(middles):
         number = _ordered(value, mask).view(given[0].dtype)  # it is its own inverse
         np.copyto(out, number) if k == 0 else np.add(out, number, out=out, dtype=out.dtype)

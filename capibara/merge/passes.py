@@ -43,6 +43,8 @@ class Passes:
         self.n = len(recipe.inputs) + (recipe.base is not None)
         wide = any(tensor.dtype == "F64" for job in jobs for tensor in job.inputs)
         self.precision = np.float64 if wide else np.float32
+        each = [{tensor.dtype for tensor in job.inputs} for job in jobs if job.merged]
+        self.plain = all(dtypes == {"BF16"} or dtypes == {"F32"} for dtypes in each)  # added as they lie in the files
         self.block = block_numbers(jobs, self.n)
         self.inputs: dict[str, list[str]] = {}
 
@@ -80,7 +82,7 @@ class Passes:
         if reference == "base":
             reference = "zero" if self.recipe.base is None else len(self.recipe.inputs)
         scratch = self._scratch()
-        short = reference == "first" and self.precision == np.float32
+        short = reference == "first" and self.plain
         columns = kernels.tile_numbers(*((3, np.dtype(np.float32)) if short else (2 * self.n, np.dtype(np.float64))))
         grams: dict[str, np.ndarray] = {}
         bad = np.zeros(len(self.recipe.inputs), bool)
@@ -123,7 +125,7 @@ class Passes:
         }
         whole_tensors = METHODS[self.recipe.method].whole_tensors
         summed = decision.middle == 0 if decision else self.recipe.method in ("uniform", "weighted")
-        tile = kernels.tile_numbers(3 if summed else 2 + self.n, np.dtype(self.precision))
+        tile = kernels.tile_numbers(3 if summed and self.plain else 2 + self.n, np.dtype(self.precision))
         block = self.block
         if whole_tensors:
             tile = block = max(job.numbers for job in self.jobs)

@@ -3,7 +3,7 @@
     peak          multiply-adds on registers, reading memory      measured here, on all cores
     what we run   products, attention, the vote, a training step  as a share of that peak
 
-Every number is the median of several runs. What a share counts: a product of M × K and K × N is 2MKN operations;
+What we run is the median of several runs. What a share counts: a product of M × K and K × N is 2MKN operations;
 causal attention half of its square, 2 products forward and 5 backward; a step 6 a parameter and token, and attention.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from capibara.kernels.library import COST, instruction_set, instruction_sets, library
 from capibara.kernels.matmul import widens
+from capibara.runtime import usable_cores
 
 GIGA = 1e9
 REPEATS = 5
@@ -51,12 +52,12 @@ class Sizes(NamedTuple):
 FULL = Sizes()
 
 
-def measure(sizes: Sizes = FULL, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def measure(sizes: Sizes = FULL, note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Runs everything once; all JSON types.
 
     Args:
       sizes: See there.
-      tell: Told what is being measured.
+      note: Told what is being measured.
 
     Returns:
       `rows`: each with `what`, `value`, `unit`, and its `share` of the peak, null where there is none.
@@ -64,7 +65,11 @@ def measure(sizes: Sizes = FULL, tell: Callable[[str], None] = lambda text: None
     """
     import jax
 
-    cores = _cores()
+    def tell(what: str) -> None:
+        if note is not None:
+            note(f"measuring {what} …")
+
+    cores = usable_cores()
     with jax.default_device(jax.devices("cpu")[0]):
         tell("the peak")
         one, _ = _multiply_adds(1, sizes.seconds)
@@ -82,7 +87,7 @@ def measure(sizes: Sizes = FULL, tell: Callable[[str], None] = lambda text: None
         rows.append(_row("attention, with gradient", _attention(*sizes.attention), "GFLOP/s", peak))
         tell("a training step (it compiles first)")
         step, tokens, faults = _step(sizes)
-        rows += [_row("training step", step, "GFLOP/s", peak), _row("training step", tokens, "tokens/s")]
+        rows += [_row("training step", step, "GFLOP/s", peak), _row("tokens of that step", tokens, "tokens/s")]
         again, _ = _multiply_adds(1, sizes.seconds)
     findings = list(_findings(cores, one, again, peak, busy, square, half, faults))
     return {"rows": rows, "findings": findings, "kernels": instruction_set(), "page_faults_a_step": faults}
@@ -92,7 +97,8 @@ def speed_text(found: dict[str, Any]) -> str:
     """The rows and findings for a person."""
     lines = []
     for row in found["rows"]:
-        share = "" if row["share"] is None else f"  {100 * row['share']:4.0f} % of the peak"
+        of = "of reading" if row["unit"] == "GB/s" else "of all cores' multiply-adds"
+        share = "" if row["share"] is None else f"  {100 * row['share']:4.0f} % {of}"
         lines.append(f"{row['what']:28} {row['value']:10,.1f} {row['unit']:9}{share}".rstrip())
     return "\n".join([*lines, *found["findings"]])
 
@@ -135,10 +141,6 @@ def _findings(
     return found
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _multiply_adds(threads: int, seconds: float) -> tuple[float, float]:
     """GFLOP/s of so many threads together, and which share of their time they ran; 0 without native kernels."""
     native = library()
@@ -160,7 +162,7 @@ def _memory(n: int, d: int) -> tuple[float, float]:
 
     from capibara.consensus.row_algebra import gram_matrix
 
-    stack, cores = jnp.ones((n, d), jnp.float32), _cores()
+    stack, cores = jnp.ones((n, d), jnp.float32), usable_cores()
     rows = np.asarray(stack)
     with ThreadPoolExecutor(cores) as pool:
         reading = _median(lambda: list(pool.map(np.max, np.array_split(rows.reshape(-1), cores))))

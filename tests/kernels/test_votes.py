@@ -47,8 +47,8 @@ def stack_of(length: int, dtype: str, n: int = 5) -> np.ndarray:
     return rows
 
 
-def check_gram(found: np.ndarray, rows, weights: np.ndarray, rounding: float = 0.0, less=None) -> None:
-    wanted = reference.gram(rows, weights, less)
+def check_gram(found: np.ndarray, rows, weights: np.ndarray, rounding: float = 0.0, centre=None) -> None:
+    wanted = reference.gram(rows, weights, centre)
     norms = np.sqrt(np.diag(wanted))
     assert np.all(np.abs(found - wanted) <= (1e-6 + rounding) * np.outer(norms, norms))
     np.testing.assert_array_equal(found, found.T)
@@ -65,8 +65,10 @@ def test_every_set_equals_the_reference(forced: str, length: int, dtype: str):
     rows = stack_of(length, dtype)
     assert library.instruction_set() == forced
     check_gram(arrays.gram(rows, WEIGHTS), rows, WEIGHTS)
-    less = rows[0].astype(np.float32) + np.float32(0.01)
-    check_gram(arrays.gram(rows, WEIGHTS, less=less), rows, WEIGHTS, 2**-22, less)
+    centre = rows[0].astype(np.float32) + np.float32(0.01)
+    check_gram(arrays.gram(rows, WEIGHTS, centre=centre), rows, WEIGHTS, 0.0, centre)
+    for other in (None, centre):  # exact products, sums of float64 in any order
+        check_gram(arrays.gram(rows, WEIGHTS, centre=other, wide=True), rows, WEIGHTS, 1e-14 - 1e-6, other)
     check_sum(arrays.weighted_sum(rows, WEIGHTS), rows, WEIGHTS)
 
 
@@ -249,8 +251,11 @@ def test_many_threads_may_call_at_once():
         (lambda: arrays.gram(np.ones((2, 3), ">f4")), "byte order"),
         (lambda: arrays.sorted_mean(np.ones((2, 3), np.float32), np.int32([[0, 2]]), 0, 1), "rows 0 to 1; got 0 and 2"),
         (lambda: arrays.sorted_mean(np.ones((2, 3), np.float32), np.int32([[0, 1]]), 1, 1), "low < high"),
+        (lambda: arrays.sorted_mean(np.ones((2, 3), np.float32), [[0, 1, 0]], 0, 1), "pairs"),
+        (lambda: arrays.sorted_mean(np.ones((2, 3), np.float32), [[0, 2**32 + 1]], 0, 1), "rows 0 to 1"),
+        (lambda: arrays.to_bfloat16(np.ones(3, np.float32), np.frombuffer(bytes(6), ml_dtypes.bfloat16)), "writable"),
         (lambda: arrays.to_bfloat16(np.ones(3)), r"values is a contiguous float32\[3\]; got float64"),
-        (lambda: arrays.gram(np.ones((2, 3), np.float32), less=np.ones(2, np.float32)), r"float32\[3\]"),
+        (lambda: arrays.gram(np.ones((2, 3), np.float32), centre=np.ones(2, np.float32)), r"float32\[3\]"),
         (lambda: arrays.gram([np.ones(3, np.float32), np.ones(4, np.float32)]), "one length"),
         (lambda: arrays.gram(np.ones((2, 3), np.float32), [1]), "2 rows need 2 weights"),
         (lambda: arrays.gram(np.ones((2, 3), np.float32), threads=0), "1 or more"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capibara.merge import kernels
+from capibara.merge import kernels, middles
 from capibara.merge.middles import middle
 
 BF16 = ml_dtypes.bfloat16
@@ -81,3 +81,30 @@ def test_bfloat16_is_sorted_as_its_numbers_are(count, seed, with_nan):
         assert np.isnan(found[~clean]).all()
     else:
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("native", (True, False))
+def test_one_scratch_serves_tensors_of_different_types(native, monkeypatch):
+    """Layers in bfloat16 beside norms in float32, sorted in turn."""
+    if not native:
+        monkeypatch.setattr(middles, "library", lambda: None)
+    rng = np.random.default_rng(0)
+    rows = kernels.Rows(3, np.float32)
+    for dtype, name in ((BF16, "BF16"), (np.float32, "F32"), (BF16, "BF16"), (np.float16, "F16")):
+        models = rng.normal(size=(3, 500)).astype(dtype)
+        rows.open([m.view(np.uint8) for m in models], [name] * 3, [models.dtype.itemsize] * 3)
+        np.testing.assert_array_equal(kernels.median(rows, 0, 500, ""), np.sort(models, axis=0)[1].astype(np.float32))
+
+
+@pytest.mark.parametrize("n", (3, 49, 200))
+def test_the_mean_of_equal_models_is_that_model(n):
+    """In float32; float64 models change by up to n units in the last place."""
+    model = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    np.testing.assert_array_equal(kernels.mean(opened(np.repeat(model[None], n, 0), "F32"), 0, 1000, ""), model)
+    found = kernels.mean(opened(np.repeat(model[None].astype(np.float64), n, 0), "F64"), 0, 1000, "")
+    np.testing.assert_array_max_ulp(found, model.astype(np.float64), n)
+
+
+def test_coefficients_of_zero_give_zeros():
+    rows = opened(np.ones((2, 5), np.float32), "F32")
+    assert kernels.linear(lambda name: np.zeros(2))(rows, 0, 5, "").tolist() == [0.0] * 5

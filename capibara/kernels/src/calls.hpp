@@ -12,7 +12,7 @@ struct Gram {
     const void* const* rows;  // n pointers, of any alignment
     int64_t n, length, block;
     double* partial;  // [tasks, n, n]
-    const float* reference;  // subtracted from every row, or null
+    const float* centre;     // subtracted from every row, or null
     bool wide;               // products in float64 too
 };
 

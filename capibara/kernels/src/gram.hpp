@@ -1,9 +1,9 @@
 // Inner products of n long rows in one pass over memory.
 //
-//     G[i, j] = sum of (rows[i][k] - r[k]) * (rows[j][k] - r[k]), r the reference or nothing
+//     G[i, j] = sum of (rows[i][k] - r[k]) * (rows[j][k] - r[k]), r the centre or nothing
 //
-// A lane sums 16 products in float32 before it is added to float64: at most 16 roundings of 2^-24, 1e-6 of |a| |b|. Wide,
-// the products are float64, which holds them exactly: nearly equal rows may then be compared by their products.
+// A lane sums 16 products in float32 before it is added to float64: at most 16 roundings of 2^-24, 1e-6 of |a| |b|.
+// Wide, the products are float64, which holds them exactly: nearly equal rows may then be compared by their products.
 // A span of all rows is read from memory once and stays in the second-level cache while tiles of 4 rows by 4 pass it.
 #pragma once
 
@@ -23,13 +23,13 @@ inline void gram_tile(const capibara::Gram& call, int64_t i0, int64_t j0, int64_
     Doubles wide[TALL][BROAD] = {};
     const int64_t whole = k + (end - k) / W * W;
     for (; WIDE && k < whole; k += W) {
-        const Vec less = LESS ? load_row(call.reference, k) : Vec{};
+        const Vec origin = LESS ? load_row(call.centre, k) : Vec{};
         Pair column[BROAD];
 #pragma GCC unroll 4
-        for (int j = 0; j < BROAD; ++j) column[j] = widen(LESS ? load_row(b[j], k) - less : load_row(b[j], k));
+        for (int j = 0; j < BROAD; ++j) column[j] = widen(LESS ? load_row(b[j], k) - origin : load_row(b[j], k));
 #pragma GCC unroll 4
         for (int i = 0; i < TALL; ++i) {
-            const Pair row = widen(LESS ? load_row(a[i], k) - less : load_row(a[i], k));
+            const Pair row = widen(LESS ? load_row(a[i], k) - origin : load_row(a[i], k));
 #pragma GCC unroll 4
             for (int j = 0; j < BROAD; ++j) {
                 wide[i][j] += row.low * column[j].low;
@@ -41,13 +41,13 @@ inline void gram_tile(const capibara::Gram& call, int64_t i0, int64_t j0, int64_
         const int64_t stop = whole - k < RUN ? whole : k + RUN;
         Vec sums[TALL][BROAD] = {};
         for (; k < stop; k += W) {
-            const Vec less = LESS ? load_row(call.reference, k) : Vec{};
+            const Vec origin = LESS ? load_row(call.centre, k) : Vec{};
             Vec column[BROAD];
 #pragma GCC unroll 4
-            for (int j = 0; j < BROAD; ++j) column[j] = LESS ? load_row(b[j], k) - less : load_row(b[j], k);
+            for (int j = 0; j < BROAD; ++j) column[j] = LESS ? load_row(b[j], k) - origin : load_row(b[j], k);
 #pragma GCC unroll 4
             for (int i = 0; i < TALL; ++i) {
-                const Vec row = LESS ? load_row(a[i], k) - less : load_row(a[i], k);
+                const Vec row = LESS ? load_row(a[i], k) - origin : load_row(a[i], k);
 #pragma GCC unroll 4
                 for (int j = 0; j < BROAD; ++j) sums[i][j] += row * column[j];
             }
@@ -64,8 +64,9 @@ inline void gram_tile(const capibara::Gram& call, int64_t i0, int64_t j0, int64_
         for (int64_t j = j0 > i ? j0 : i; j < j0 + BROAD && j < call.n; ++j) {
             double total = sum_of(wide[i - i0][j - j0]);
             for (int64_t last = whole; last < end; ++last) {
-                const double less = LESS ? number(call.reference, last) : 0;
-                total += (number(a[i - i0], last) - less) * (number(b[j - j0], last) - less);
+                const float origin = LESS ? to_float(one(call.centre, last)) : 0;
+                const float left = to_float(one(a[i - i0], last)) - origin, right = to_float(one(b[j - j0], last)) - origin;
+                total += static_cast<double>(left) * right;
             }
             out[i * call.n + j] += total;
         }
@@ -85,9 +86,9 @@ void gram_block(const capibara::Gram& call, int64_t task) {
 template <class T>
 void gram(const capibara::Gram& call, int64_t task) {
     if (call.wide)
-        call.reference ? gram_block<true, true, T>(call, task) : gram_block<false, true, T>(call, task);
+        call.centre ? gram_block<true, true, T>(call, task) : gram_block<false, true, T>(call, task);
     else
-        call.reference ? gram_block<true, false, T>(call, task) : gram_block<false, false, T>(call, task);
+        call.centre ? gram_block<true, false, T>(call, task) : gram_block<false, false, T>(call, task);
 }
 
 }  // namespace CAPIBARA_ISA

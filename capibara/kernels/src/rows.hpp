@@ -26,11 +26,14 @@ inline Vec load_row(const uint16_t* row, int64_t k) {
 }
 
 template <class T>
-inline double number(const T* row, int64_t k) {
+inline T one(const T* row, int64_t k) {
     T x;
     std::memcpy(&x, reinterpret_cast<const char*>(row) + sizeof(T) * k, sizeof x);
-    return to_float(x);
+    return x;
 }
+
+template <class T>
+inline double number(const T* row, int64_t k) { return to_float(one(row, k)); }
 
 struct Pair {
     Doubles low, high;

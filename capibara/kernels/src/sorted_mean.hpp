@@ -65,7 +65,8 @@ void sorted_mean(const capibara::SortedMean& call, int64_t task) {
         Number nan[MOST * LANES];
         std::memcpy(nan, bad, sizeof bad);
         const float among = static_cast<float>(call.high - call.low);
-        for (int64_t lane = 0; lane < wide * LANES; ++lane) total[lane] = nan[lane] ? __builtin_nanf("") : total[lane] / among;
+        for (int64_t lane = 0; lane < wide * LANES; ++lane)
+            total[lane] = nan[lane] ? __builtin_nanf("") : total[lane] / among;
         std::memcpy(call.out + k, total, sizeof(float) * count);
     }
 }

@@ -17,10 +17,10 @@ inline int64_t block_of(int64_t length) {
 
 inline int64_t blocks_of(int64_t length) { return (length + block_of(length) - 1) / block_of(length); }
 
-// out[n, n] in float64, of the rows less the reference where there is one; a row of weight 0 is not read, and its row
+// out[n, n] in float64, of the rows less the centre where there is one; a row of weight 0 is not read, and its row
 // and column are 0. Without weights all are read.
 template <class Pool, class Weight>
-void gram(Pool& pool, Dtype dtype, const std::vector<const void*>& rows, const Weight* weights, const float* reference,
+void gram(Pool& pool, Dtype dtype, const std::vector<const void*>& rows, const Weight* weights, const float* centre,
           bool wide, int64_t length, double* out) {
     const int64_t n = static_cast<int64_t>(rows.size());
     std::vector<const void*> read;
@@ -29,7 +29,7 @@ void gram(Pool& pool, Dtype dtype, const std::vector<const void*>& rows, const W
         if (!weights || weights[i] != 0) read.push_back(rows[i]), place.push_back(i);
     const int64_t m = static_cast<int64_t>(read.size()), tasks = m ? blocks_of(length) : 0;
     std::vector<double> partial(static_cast<size_t>(tasks * m * m));
-    const Gram call{read.data(), m, length, block_of(length), partial.data(), reference, wide};
+    const Gram call{read.data(), m, length, block_of(length), partial.data(), centre, wide};
     const auto kernel = kernels().gram.of[dtype];
     parallel_for(pool, tasks, [&](int64_t task) { kernel(call, task); });
     for (int64_t i = 0; i < n * n; ++i) out[i] = 0;
