@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX and torch count the cores
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before JAX and torch count the cores
 
 import sys  # noqa: E402
 import tempfile  # noqa: E402

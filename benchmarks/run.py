@@ -2,6 +2,7 @@
 
     python benchmarks/run.py                     every benchmark
     python benchmarks/run.py vote import_cost    these; the other rows stay as they are
+    python benchmarks/run.py kernels step        groups of them
     python benchmarks/run.py --list
 
 Each runs in a process of its own; its last line of output is its result (see `_common.py`). One that cannot run stands
@@ -39,9 +40,13 @@ BENCHMARKS = {
     "soups": MAIN,
     "attention": WITH_PEERS,
     "step_vs_torch": WITH_PEERS,
+    "generation": WITH_PEERS,
     "vote": WITH_PEERS,
 }
 """Name of the script to the environment it runs in: this one, or the one that `make peers` makes."""
+
+
+GROUPS = {"kernels": ("attention", "vote"), "step": ("step_vs_torch", "generation")}
 
 
 def main() -> int:
@@ -53,8 +58,9 @@ def main() -> int:
     if asked.list:
         print("\n".join(f"{name:24}{where}" for name, where in BENCHMARKS.items()))
         return 0
+    asked.names = [one for name in asked.names for one in GROUPS.get(name, (name,))]
     if unknown := [name for name in asked.names if name not in BENCHMARKS]:
-        parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(BENCHMARKS)}")
+        parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join([*BENCHMARKS, *GROUPS])}")
     results = read_results()
     names = asked.names or list(BENCHMARKS)
     for name in names:
