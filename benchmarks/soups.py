@@ -24,6 +24,7 @@ from capibara.consensus.soups import greedy_soup, linear_soup
 from capibara.core.config import ModelConfig
 from capibara.core.model import ModularCapibaraModel, objective, parameters
 from capibara.files import read_tensors, tensors_to_bytes
+from capibara.runtime import prepare_process
 from capibara.training.ingredients import Ingredients, ingredient
 
 MODELS, SEQUENCES, LENGTH = 16, 32, 128
@@ -32,7 +33,8 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Times everything in turn and prints the shares."""
+    """Times everything in turn and prints the shares; malloc is set as our command sets it."""
+    prepare_process()
     model = ModularCapibaraModel(ModelConfig(**SHAPE))
     losses, start = objective(model), {name: np.asarray(leaf) for name, leaf in parameters(model).items()}
     metric = perplexity(losses, held_out(_data()))

@@ -17,6 +17,7 @@ import numpy as np
 
 from capibara.consensus.validate import admit
 from capibara.errors import ConfigError, unknown_name
+from capibara.kernels import arrays
 from capibara.tree import named_leaves
 from capibara.types import PyTree
 
@@ -141,14 +142,16 @@ class Average:
             if not is_float(new):
                 leaves.append(mean)
                 continue
+            if new.dtype == np.float32:
+                moved = arrays.moved(mean.reshape(-1), new.reshape(-1), float(share), threads=1)
+                leaves.append(moved.reshape(mean.shape))
+                continue
             out = np.empty(mean.shape, new.dtype)
             for part, old, come in _blocks(out.reshape(-1), mean.reshape(-1), new.reshape(-1)):
-                step = part if part.dtype == np.float32 else np.empty(part.shape, np.float32)
-                np.subtract(come.astype(np.float32, copy=False), old, out=step)
+                step = come.astype(np.float32) - old
                 step *= share
                 step += old
-                if step is not part:
-                    part[...] = step
+                part[...] = step
             leaves.append(out)
         return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
@@ -197,6 +200,9 @@ def is_finite(tree: PyTree) -> bool:
 def _towards(mean: np.ndarray, new: np.ndarray, share: float, weight: float, squares: np.ndarray) -> None:
     step_share = np.float32(share)
     kept = len(squares) == len(mean) and weight > 0
+    if not kept and new.dtype in (np.float32, jnp.bfloat16):
+        arrays.moved(mean, new, share, mean, threads=1)
+        return
     for old, come, square in _blocks(mean, new, squares if kept else mean):
         gap = come.astype(np.float32, copy=False) - old
         step = gap * step_share

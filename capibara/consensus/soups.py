@@ -11,7 +11,10 @@ the validation data. Trees may be a lazy sequence; one of them, the mean and a c
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,8 +99,8 @@ def linear_soup(
     """
     w = np.asarray(weights, np.float64)
     average, table = Average(variance=variance), _Table(len(trees), metric)
-    for i, tree in _admitted(trees, skip=() if metric and fallback else np.flatnonzero(w == 0)):
-        if not is_finite(tree):
+    for i, tree, finite in _admitted(trees, table, skip=() if metric and fallback else np.flatnonzero(w == 0)):
+        if not finite:
             table.reasons[i] = NOT_FINITE
             continue
         if metric and fallback:
@@ -172,8 +175,8 @@ def greedy_soup(
             average.add(tree)
             now = score
 
-    for i, tree in _admitted(trees):
-        if not is_finite(tree):
+    for i, tree, finite in _admitted(trees, table):
+        if not finite:
             table.reasons[i] = NOT_FINITE
             continue
         if fallback or not by_arrival:
@@ -225,15 +228,17 @@ def finished(
 
 
 class _Table:
-    """Reasons and scores of the ingredients, and how many models have been evaluated."""
+    """Reasons and scores of the ingredients, how many models have been evaluated, and whether one is being."""
 
     def __init__(self, count: int, metric: Metric | None):
         self.reasons, self.scores = [NO_WEIGHT] * count, list[Score | None]([None] * count)
         self.metric, self.evaluations = metric, 0
+        self.evaluates = Event()
 
     def evaluate(self, tree: PyTree) -> Score:
         assert self.metric is not None
         self.evaluations += 1
+        self.evaluates.set()
         return self.metric.score(tree)
 
     def judge(self, i: int, tree: PyTree) -> None:
@@ -250,19 +255,36 @@ class _Table:
         return [i for i in range(len(self.scores)) if math.isfinite(self.mean(i))]
 
 
-def _admitted(trees: Sequence[PyTree], skip: Any = ()) -> Iterator[tuple[int, PyTree]]:
-    """The trees with their numbers, each checked against the first of them."""
+def _admitted(trees: Sequence[PyTree], table: _Table, skip: Any = ()) -> Iterator[tuple[int, PyTree, bool]]:
+    """The trees with their numbers, each checked against the first of them, and whether all its numbers are finite.
+
+    The next one is read while its predecessor is evaluated: two are in memory at a time.
+    """
     if not len(trees):
         raise ConfigError("There are no checkpoints to average; add at least one.")
     left_out, like = {int(i) for i in skip}, None
-    for i in range(len(trees)):
-        if i in left_out:
-            continue
+
+    def read(i: int) -> tuple[int, PyTree, bool]:
+        table.evaluates.wait()
         tree = trees[i]
-        if like is None:
-            like = shapes_of(tree)
-        check_fits(tree, like, f"Checkpoint {i}")
-        yield i, tree
+        return i, tree, is_finite(tree)
+
+    wanted = [i for i in range(len(trees)) if i not in left_out]
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(read, i) for i in wanted[:1])
+        try:
+            for after in range(1, len(wanted) + 1):
+                table.evaluates.set()
+                i, tree, finite = ahead.popleft().result()
+                table.evaluates.clear()
+                ahead.extend(pool.submit(read, following) for following in wanted[after : after + 1])
+                if like is None:
+                    like = shapes_of(tree)
+                check_fits(tree, like, f"Checkpoint {i}")
+                yield i, tree, finite
+                del tree
+        finally:
+            table.evaluates.set()
 
 
 def _some(count: int, table: _Table) -> None:

@@ -43,6 +43,9 @@ cdef extern from "votes.hpp" namespace "capibara" nogil:
         Threads& pool, Dtype dtype, const vector[const void*]& rows, const int32_t* steps, int64_t num_steps,
         int64_t low, int64_t high, int64_t length, float* out
     ) except +
+    void run_moved "capibara::moved"(
+        Threads& pool, Dtype dtype, const float* start, const void* to, float share, int64_t length, float* out
+    ) except +
     void run_rounded "capibara::rounded"(
         Threads& pool, Dtype dtype, const float* given, int64_t length, void* out
     ) except +
@@ -127,6 +130,19 @@ def sorted_mean(
     try:
         with nogil:
             run_sorted_mean(pool[0], dtype, found, <const int32_t*> steps, num_steps, low, high, length, <float*> out)
+    finally:
+        del pool
+
+
+def moved(
+    uintptr_t start, uintptr_t to, bint is_bfloat16, float share, int64_t length, uintptr_t out, int64_t threads
+):
+    """Writes float32[length] at `out`, which may be `start`."""
+    cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
+    cdef Threads* pool = new Threads(threads)
+    try:
+        with nogil:
+            run_moved(pool[0], dtype, <const float*> start, <const void*> to, share, length, <float*> out)
     finally:
         del pool
 

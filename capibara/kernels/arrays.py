@@ -150,6 +150,38 @@ def sorted_mean(
     return out
 
 
+def moved(
+    start: np.ndarray, to: np.ndarray, share: float, out: np.ndarray | None = None, *, threads: int | None = None
+) -> np.ndarray:
+    """start + share · (to − start) in float32, each of the three operations rounded: the same bits everywhere.
+
+    Args:
+      start: float32[d], contiguous.
+      to: float32[d] or bfloat16[d]. One whose numbers do not lie side by side is copied first.
+      share: How far; rounded to float32.
+      out: Where to write: float32[d], contiguous; `start` itself, or no part of it or of `to`. A new array by default.
+      threads: How many to use; None is as many as the process may run on.
+
+    Returns:
+      float32[d]: `out` where it was given.
+
+    Raises:
+      ConfigError: If `start`, `to` and `out` do not fit each other.
+    """
+    (to,) = _rows([to])
+    _check(start, "start", len(to))
+    out = start if out is start and start.flags.writeable else _room(out, [start, to])
+    (to,) = _side_by_side([to], np.ones(1))
+    found = library()
+    if found is None:
+        step = to.astype(np.float32) - start
+        step *= np.float32(share)
+        return np.add(start, step, out=out)
+    places = start.ctypes.data, to.ctypes.data, _is_bfloat16([to]), share, len(start), out.ctypes.data
+    found.moved(*places, _threads(threads))
+    return out
+
+
 def to_bfloat16(values: np.ndarray, out: np.ndarray | None = None, *, threads: int | None = None) -> np.ndarray:
     """float32 to the nearest bfloat16, ties to even.
 

@@ -143,10 +143,12 @@ class Passes:
                 last = min(first + tile, unit.numbers)
                 with np.errstate(over="ignore", invalid="ignore"):
                     values = kernel(rows, first, last, job.name)
-                if not np.isfinite(values).all():
-                    raise self._not_finite(rows, job, first, last)
-                part = rounding[job.dtype].encode(values, job.name, unit.first + first)
-                if values.dtype.itemsize != size and not is_finite(part, job.dtype):
+                to = rounding[job.dtype]
+                bad = to.stochastic and not np.isfinite(values).all()  # random bits may turn a NaN into a number
+                part = to.encode(values, job.name, unit.first + first)
+                if bad or not is_finite(part, job.dtype):
+                    if not np.isfinite(kernel(rows, first, last, job.name)).all():  # anew: encoding may write over it
+                        raise self._not_finite(rows, job, first, last)
                     raise DataError(
                         f"Tensor {job.name!r} of the merge holds numbers too large for {numpy_type(job.dtype)}. Choose "
                         "--dtype float32."

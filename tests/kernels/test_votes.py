@@ -97,6 +97,17 @@ def test_sorted_middles_are_those_of_the_reference_bit_for_bit(forced: str, n: i
         np.testing.assert_array_equal(found.view(np.uint32)[there], wanted.view(np.uint32)[there])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", (0, 1, 17, 70_001))
+def test_a_row_moves_with_the_bits_of_numpy(forced: str, length: int, dtype: str):
+    start, to = (stack_of(length, name, 3)[0] for name in ("float32", dtype))
+    start = start * np.float32(3)
+    wanted = start + (to.astype(np.float32) - start) * np.float32(0.3)
+    np.testing.assert_array_equal(arrays.moved(start, to, 0.3), wanted)
+    assert arrays.moved(start, to, 0.3, start) is start
+    np.testing.assert_array_equal(start, wanted)
+
+
 def test_rounding_is_that_of_ml_dtypes(forced: str):
     values = np.random.default_rng(0).integers(0, 2**32, 100_003, np.uint32).view(np.float32)
     values[:4] = 0.0, -0.0, np.inf, 3.4e38

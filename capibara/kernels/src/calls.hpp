@@ -34,6 +34,15 @@ struct SortedMean {
     float* out;
 };
 
+// out = from + share * (to - from) in float32, each operation rounded: the same bits on every machine. out may be from.
+struct Moved {
+    const float* from;
+    const void* to;
+    float share;
+    int64_t length, block;
+    float* out;
+};
+
 // out = in, rounded to the nearest, ties to even.
 struct Rounded {
     const float* in;

@@ -21,6 +21,7 @@ const capibara::Kernels& table() {
         CAPIBARA_BOTH(gram),
         CAPIBARA_BOTH(weighted_sum),
         CAPIBARA_BOTH(sorted_mean),
+        CAPIBARA_BOTH(moved),
         CAPIBARA_BOTH(rounded),
         CAPIBARA_BOTH(attention_forward),
         CAPIBARA_BOTH(attention_backward),

@@ -18,6 +18,7 @@ struct Kernels {
     Kernel<Gram> gram;
     Kernel<WeightedSum> weighted_sum;
     Kernel<SortedMean> sorted_mean;
+    Kernel<Moved> moved;
     Kernel<Rounded> rounded;
     Kernel<AttentionForward> attention_forward;
     Kernel<AttentionBackward> attention_backward;

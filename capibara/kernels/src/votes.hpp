@@ -63,6 +63,14 @@ void sorted_mean(Pool& pool, Dtype dtype, const std::vector<const void*>& rows, 
     parallel_for(pool, blocks_of(length), [&](int64_t task) { kernel(call, task); });
 }
 
+// out[length] in float32; `dtype` is that of `to`.
+template <class Pool>
+void moved(Pool& pool, Dtype dtype, const float* from, const void* to, float share, int64_t length, float* out) {
+    const Moved call{from, to, share, length, block_of(length), out};
+    const auto kernel = kernels().moved.of[dtype];
+    parallel_for(pool, blocks_of(length), [&](int64_t task) { kernel(call, task); });
+}
+
 // out[length] of `dtype`.
 template <class Pool>
 void rounded(Pool& pool, Dtype dtype, const float* in, int64_t length, void* out) {

@@ -1,4 +1,5 @@
-// The weighted sum of n long rows in one pass, summed in float64 in the order of the rows and rounded once.
+// The weighted sum of n long rows in one pass, summed in float64 in the order of the rows and rounded once; and one row
+// moved towards another.
 //
 // No product is fused into a sum: every instruction set, and NumPy, gives the same bits.
 #pragma once
@@ -33,6 +34,21 @@ void weighted_sum(const capibara::WeightedSum& call, int64_t task) {
         double total = 0;
         for (int64_t i = 0; i < call.n; ++i) total += number(static_cast<const T*>(call.rows[i]), k) * call.weights[i];
         call.out[k] = static_cast<float>(total);
+    }
+}
+
+template <class T>
+void moved(const capibara::Moved& call, int64_t task) {
+    const int64_t first = task * call.block, last = call.length - first < call.block ? call.length : first + call.block;
+    const T* to = static_cast<const T*>(call.to);
+    int64_t k = first;
+    for (; k + W <= last; k += W) {
+        const Vec from = load_row(call.from, k), step = (load_row(to, k) - from) * call.share;
+        store(call.out + k, from + step);
+    }
+    for (; k < last; ++k) {
+        const float from = one(call.from, k), step = (to_float(one(to, k)) - from) * call.share;
+        call.out[k] = from + step;
     }
 }
 
