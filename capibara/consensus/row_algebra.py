@@ -129,8 +129,9 @@ def _summed(v: np.ndarray, leaf: Any) -> jax.Array:
     room = np.empty(count + ALIGNED, np.float32)
     start = -room.ctypes.data % (4 * ALIGNED) // 4
     found = arrays.weighted_sum(_flat(leaf), v, room[start : start + count]).reshape(leaf.shape[1:])
-    device = None if isinstance(leaf, np.ndarray) else next(iter(leaf.devices()))
-    return jax.device_put(found, device, may_alias=True)
+    # an array that was free to move stays so: a committed one would compile the next round's programs anew
+    held = leaf.sharding if getattr(leaf, "committed", False) else None
+    return jax.device_put(found, held, may_alias=True)
 
 
 def _power_of_two(gram: np.ndarray | None, count: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,3 +124,10 @@ def test_the_sum_is_an_array_of_jax_that_owns_its_memory(deltas):
     for _ in range(5):
         weighted_sum([0.0, 1.0], {"w": jnp.asarray(rows)})
     np.testing.assert_array_equal(first, rows[0])
+
+
+def test_the_sum_is_committed_to_a_device_only_where_the_stack_was(deltas):
+    """A committed array in place of one that is not would compile every program of the next round anew."""
+    free = jnp.asarray(deltas)
+    held = jax.device_put(free, jax.devices()[0])
+    assert [weighted_sum(np.ones(6), leaf).committed for leaf in (free, held)] == [False, True]
