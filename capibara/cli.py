@@ -242,12 +242,11 @@ add_merge(main)
 
 
 def _start_process() -> None:
-    from capibara.runtime import exit_undisturbed, interrupts_wait, prepare_process
+    from capibara.runtime import interrupts_wait, prepare_process
 
     prepare_process()
     with interrupts_wait():
         import capibara.training.session  # noqa: F401
-    exit_undisturbed()
 
 
 def _attack(name: str) -> str:

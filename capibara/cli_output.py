@@ -8,13 +8,20 @@ carries one JSON object, an error's too.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
 
 from capibara.errors import CapibaraError, ConfigError
+
+INTERRUPTED = 130
+"""Exit code of a command that a Ctrl-C ended: 128 and the number of the signal."""
 
 ASCII = str.maketrans({"─": "-", "–": "-", "→": "->", "±": "+-", "…": "...", "θ": "theta", "Δ": "delta", "≥": ">="})
 """For terminals that know no others; whatever else they do not know becomes a question mark."""
@@ -31,29 +38,51 @@ class Command(click.Group):
             raise click.Abort from None
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **extra: Any) -> NoReturn:
-        """Runs the command line and exits."""
+        """Runs the command line and exits; the process's own one, which `args` does not replace, ends the process."""
         given = list(sys.argv[1:] if args is None else args)
-        as_json = "--json" in given
+        code = self._run(given, "--json" in given, *others, **extra)
+        if args is None:
+            end_process(code)
+        sys.exit(code)
+
+    def _run(self, given: list[str], as_json: bool, *others: Any, **extra: Any) -> int:
         try:
             code = super().main(given, *others, **{**extra, "standalone_mode": False})
         except (click.Abort, KeyboardInterrupt) as error:
-            _fail(f"interrupted: {str(error) or 'Nothing that was on disk is lost.'}", 130, as_json)
+            return _fail(f"interrupted: {str(error) or 'Nothing that was on disk is lost.'}", INTERRUPTED, as_json)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
-            sys.exit(2)
+            return 2
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "capibara"
-            _fail(f"error: {error.format_message()} See `{path} --help`.", 2, as_json)
+            return _fail(f"error: {error.format_message()} See `{path} --help`.", 2, as_json)
         except ConfigError as error:
-            _fail(f"error: {error}", 2, as_json)
+            return _fail(f"error: {error}", 2, as_json)
         except (CapibaraError, click.ClickException) as error:
-            _fail(f"error: {error}", 1, as_json)
+            return _fail(f"error: {error}", 1, as_json)
         except ImportError as error:
-            _fail(f"error: {error}. Look for what is missing with `capibara doctor`.", 1, as_json)
+            return _fail(f"error: {error}. Look for what is missing with `capibara doctor`.", 1, as_json)
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            _fail(f"error: {what}.", 1, as_json)
-        sys.exit(code if isinstance(code, int) else 0)
+            return _fail(f"error: {what}.", 1, as_json)
+        return code if isinstance(code, int) else 0
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the command's process; a Ctrl-C from here on changes nothing, and prints no traceback.
+
+    With code 130, after an interrupt, it ends at once, without the clean-up of libraries and without joining threads:
+    XLA may still be compiling in a thread of its own, and crashes when its client is freed meanwhile. What a run has
+    committed is on disk by then, as after a kill.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code != INTERRUPTED:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a reader that went away, a stream that is closed
+            stream.flush()
+    os._exit(code)
 
 
 def command(group: click.Group, name: str, **kwargs: Any) -> Callable[[Callable], click.Command]:
@@ -78,13 +107,14 @@ def note_to(as_json: bool) -> Callable[[str], None] | None:
     return None if as_json else lambda text: click.echo(text, err=True)
 
 
-def _fail(message: str, code: int, as_json: bool) -> NoReturn:
+def _fail(message: str, code: int, as_json: bool) -> int:
+    """Tells a failure and gives its exit code back."""
     if as_json:
         _echo(json.dumps({"ok": False, "error": message.removeprefix("error: "), "exit_code": code}))
     else:
-        after_the_key = "\n" if code == 130 and sys.stderr.isatty() else ""
+        after_the_key = "\n" if code == INTERRUPTED and sys.stderr.isatty() else ""
         _echo(after_the_key + message, err=True)
-    sys.exit(code)
+    return code
 
 
 def _echo(text: str, err: bool = False) -> None:

@@ -7,7 +7,6 @@ them (`benchmarks/allocator.py`).
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import signal
@@ -49,15 +48,6 @@ def prepare_process() -> None:
     """What our own command and workers do before JAX starts: tunes the allocator, and keeps log noise of XLA away."""
     tune_allocator()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-
-def exit_undisturbed() -> None:
-    """Lets a Ctrl-C that arrives while the process ends change nothing: all is done by then.
-
-    Call it after JAX has been imported: what was registered last runs first, and an interrupt in JAX's own clean-up
-    would print a traceback behind a finished run.
-    """
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

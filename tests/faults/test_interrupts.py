@@ -75,16 +75,45 @@ def test_ignored_interrupts_stay_ignored():
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-@pytest.mark.parametrize(("ours", "expected"), [("exit_undisturbed()", ""), ("pass", "KeyboardInterrupt")])
-def test_an_interrupt_while_the_process_ends_tells_nothing(ours, expected):
-    """A clean-up registered before ours, as JAX's is, is interrupted; without ours that prints a traceback."""
-    code = (
-        "import atexit, os, signal, time\n"
-        "from capibara.runtime import exit_undisturbed\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.05)))\n"
-        f"{ours}\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+LATE = {
+    "clean-up": "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.05)))",
+    "a thread": "threading.Thread(target=lambda: (threading.main_thread().join(), "
+    "os.kill(os.getpid(), signal.SIGINT))).start()",
+}
+"""An interrupt while a process ends: in a clean-up, as JAX has one, and while Python waits for threads."""
+
+
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize(("ours", "expected"), [("end_process(0)", ""), ("sys.exit(0)", "KeyboardInterrupt")])
+def test_an_interrupt_while_the_process_ends_tells_nothing(ours, expected, late):
+    """Without ours it prints a traceback."""
+    done = ended(f"{LATE[late]}\n{ours}\n")
     assert done.returncode == 0
     assert done.stderr == "" if not expected else expected in done.stderr
+
+
+def test_an_interrupt_while_a_program_is_compiled_ends_the_process_with_130():
+    """XLA compiles in a thread of its own; freeing its client meanwhile is a segmentation fault in JAX 0.10.2."""
+    done = ended(
+        "import jax, jax.numpy as jnp\n"
+        "def long(x):\n"
+        "    for i in range(600): x = jnp.sin(x @ x) + i\n"
+        "    return x\n"
+        "lowered = jax.jit(long).lower(jnp.ones((64, 64)))\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try:\n"
+        "    lowered.compile()\n"
+        "except KeyboardInterrupt:\n"
+        "    print('told')\n"
+        "    end_process(130)\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "told\n", "")
+
+
+def ended(code: str) -> subprocess.CompletedProcess[str]:
+    first = (
+        "import atexit, os, signal, sys, threading, time\n"
+        "from capibara.cli_output import end_process\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    )
+    return subprocess.run([sys.executable, "-c", first + code], capture_output=True, text=True)
