@@ -38,6 +38,7 @@ BENCHMARKS = {
     "stacked": MAIN,
     "merge_files": MAIN,
     "soups": MAIN,
+    "bfloat16": MAIN,
     "attention": WITH_PEERS,
     "step_vs_torch": WITH_PEERS,
     "generation": WITH_PEERS,
@@ -46,7 +47,7 @@ BENCHMARKS = {
 """Name of the script to the environment it runs in: this one, or the one that `make peers` makes."""
 
 
-GROUPS = {"kernels": ("attention", "vote"), "step": ("step_vs_torch", "generation")}
+GROUPS = {"kernels": ("bfloat16", "attention", "vote"), "step": ("step_vs_torch", "generation")}
 
 
 def main() -> int:

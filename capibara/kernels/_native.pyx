@@ -28,7 +28,7 @@ cdef extern from "ffi.hpp" namespace "capibara" nogil:
 
 cdef extern from "parallel.hpp" namespace "capibara" nogil:
     cdef cppclass Threads:
-        Threads(int64_t count) except +
+        void allow(int64_t count)
 
 
 cdef extern from "votes.hpp" namespace "capibara" nogil:
@@ -89,34 +89,32 @@ cdef vector[const void*] pointers(list addresses):
     return found
 
 
+cdef Dtype type_of(is_true is_bfloat16) noexcept nogil:
+    return BFLOAT16 if is_bfloat16 else FLOAT32
+
+
 def gram(
     list rows, bint is_bfloat16, uintptr_t weights, uintptr_t centre, bint wide, int64_t length,
     uintptr_t out, int64_t threads
 ):
     """Writes float64[n, n] at `out`; nothing is subtracted where `centre` is 0."""
     cdef vector[const void*] found = pointers(rows)
-    cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
-    cdef Threads* pool = new Threads(threads)
-    try:
-        with nogil:
-            run_gram(
-                pool[0], dtype, found, <const double*> weights, <const float*> centre, wide, length,
-                <double*> out
-            )
-    finally:
-        del pool
+    cdef Threads pool
+    pool.allow(threads)
+    with nogil:
+        run_gram(
+            pool, type_of(is_bfloat16), found, <const double*> weights, <const float*> centre, wide, length,
+            <double*> out
+        )
 
 
 def weighted_sum(list rows, bint is_bfloat16, uintptr_t weights, int64_t length, uintptr_t out, int64_t threads):
     """Writes float32[length] at `out`."""
     cdef vector[const void*] found = pointers(rows)
-    cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
-    cdef Threads* pool = new Threads(threads)
-    try:
-        with nogil:
-            run_weighted_sum(pool[0], dtype, found, <const double*> weights, length, <float*> out)
-    finally:
-        del pool
+    cdef Threads pool
+    pool.allow(threads)
+    with nogil:
+        run_weighted_sum(pool, type_of(is_bfloat16), found, <const double*> weights, length, <float*> out)
 
 
 def sorted_mean(
@@ -125,36 +123,30 @@ def sorted_mean(
 ):
     """Writes float32[length] at `out`."""
     cdef vector[const void*] found = pointers(rows)
-    cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
-    cdef Threads* pool = new Threads(threads)
-    try:
-        with nogil:
-            run_sorted_mean(pool[0], dtype, found, <const int32_t*> steps, num_steps, low, high, length, <float*> out)
-    finally:
-        del pool
+    cdef Threads pool
+    pool.allow(threads)
+    with nogil:
+        run_sorted_mean(
+            pool, type_of(is_bfloat16), found, <const int32_t*> steps, num_steps, low, high, length, <float*> out
+        )
 
 
 def moved(
     uintptr_t start, uintptr_t to, bint is_bfloat16, float share, int64_t length, uintptr_t out, int64_t threads
 ):
     """Writes float32[length] at `out`, which may be `start`."""
-    cdef Dtype dtype = BFLOAT16 if is_bfloat16 else FLOAT32
-    cdef Threads* pool = new Threads(threads)
-    try:
-        with nogil:
-            run_moved(pool[0], dtype, <const float*> start, <const void*> to, share, length, <float*> out)
-    finally:
-        del pool
+    cdef Threads pool
+    pool.allow(threads)
+    with nogil:
+        run_moved(pool, type_of(is_bfloat16), <const float*> start, <const void*> to, share, length, <float*> out)
 
 
 def to_bfloat16(uintptr_t given, int64_t length, uintptr_t out, int64_t threads):
     """Writes bfloat16[length] at `out`."""
-    cdef Threads* pool = new Threads(threads)
-    try:
-        with nogil:
-            run_rounded(pool[0], BFLOAT16, <const float*> given, length, <void*> out)
-    finally:
-        del pool
+    cdef Threads pool
+    pool.allow(threads)
+    with nogil:
+        run_rounded(pool, BFLOAT16, <const float*> given, length, <void*> out)
 
 
 def multiply_adds(int64_t rounds):

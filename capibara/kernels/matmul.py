@@ -4,8 +4,7 @@ Sums are float32 whatever comes in, and the bias and the activation are applied 
 is XLA's: on CPU its float32 dot reaches about 90 % of a core's peak, which leaves a kernel of our own nothing to win.
 
 bfloat16 on an x86 processor without a fast instruction for it is widened to float32 first: the same products, summed in
-float32 as before. Intel's AVX-512 has one at a quarter of the rate of the float32 instruction (vdpbf16ps), so XLA's
-bfloat16 dot reaches 100 GFLOP/s a core there and its float32 dot 150–175, the casts included.
+float32 as before. `benchmarks/bfloat16.py` measures both.
 """
 
 from __future__ import annotations

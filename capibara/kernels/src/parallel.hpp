@@ -48,12 +48,13 @@ void parallel_for(Pool& pool, int64_t count, const Function& function) {
 // A pool for one call: threads that are started by Schedule and joined at the end. Nothing stays behind for a fork.
 class Threads {
   public:
-    explicit Threads(int64_t count) : count_(count) {}
+    Threads() = default;
     Threads(const Threads&) = delete;
     Threads& operator=(const Threads&) = delete;
     ~Threads() {
         for (auto& thread : started_) thread.join();
     }
+    void allow(int64_t count) { count_ = count; }
     int64_t num_threads() const { return count_; }
     template <class Function>
     void Schedule(Function&& function) {
@@ -64,7 +65,7 @@ class Threads {
     }
 
   private:
-    int64_t count_;
+    int64_t count_ = 1;
     std::vector<std::thread> started_;
 };
 
