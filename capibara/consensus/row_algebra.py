@@ -27,11 +27,11 @@ from capibara.types import PyTree
 BLOCK_COLUMNS = 2**12
 """Columns of one product: 8 float64 rows of this length stay in a core's cache of 1 MB."""
 
-ALIGNED = 16
-"""Numbers of float32 to whose multiples JAX wants memory aligned that it is to share."""
-
 BLOCKS = 8
 """Products at a time; with the rows' float64 copies a step holds n · 2¹⁵ · 12 bytes, 3 MB for 8 rows."""
+
+ALIGNED = 16
+"""JAX shares memory that begins at a multiple of so many float32 numbers; what does not, it copies."""
 
 
 def gram_matrix(stack: PyTree, weights: Any) -> np.ndarray:
@@ -114,9 +114,7 @@ def _in_memory(leaf: Any) -> bool:
     """Whether the kernels for NumPy arrays can read a leaf where it lies."""
     if leaf.dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    return isinstance(leaf, np.ndarray) or {device.platform for device in leaf.devices()} == {"cpu"} and (
-        len(leaf.devices()) == 1
-    )
+    return isinstance(leaf, np.ndarray) or [device.platform for device in leaf.devices()] == ["cpu"]
 
 
 def _flat(leaf: Any) -> np.ndarray:

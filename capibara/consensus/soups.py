@@ -5,7 +5,7 @@
 
 Wortsman et al. 2022 (arXiv 2203.05482), algorithm 1. There any rise of the metric is taken; here, unless asked for,
 only one whose paired interval over sequences clears zero: a soup that takes whatever helps by chance fits the noise of
-the validation data. Trees may be a lazy sequence; one of them, the mean and a candidate are in memory.
+the validation data. Trees may be a lazy sequence; two of them, the mean and a candidate are in memory.
 """
 
 from __future__ import annotations
