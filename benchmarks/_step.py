@@ -1,4 +1,4 @@
-"""Training steps of the plain strategy as nodes run them, on byte tokens, for the benchmarks that time them.
+"""Training steps of the plain strategy as nodes run them, on random tokens, for the benchmarks that time them.
 
 JAX is imported inside the functions: the allocator has to be set before it starts.
 """
@@ -25,6 +25,7 @@ class Shape(NamedTuple):
     T: int
     B: int
     steps: int
+    vocab_size: int = 256
 
     @property
     def tokens(self) -> int:
@@ -34,11 +35,13 @@ class Shape(NamedTuple):
     @property
     def label(self) -> str:
         """For rows."""
-        return f"{self.name}, T {self.T}, B {self.B}, {self.dtype}"
+        vocabulary = "" if self.vocab_size == 256 else f", V {self.vocab_size:,}"
+        return f"{self.name}{vocabulary}, T {self.T}, B {self.B}, {self.dtype}"
 
 
 SMALL = Shape("small", "float32", 160, 4, 5, 5, 128, 8, 10)
 LARGER = Shape("6 layers of 384", "float32", 384, 6, 6, 2, 256, 8, 1)
+WIDE = Shape("12 layers of 768", "float32", 768, 12, 12, 4, 1024, 1, 1)
 
 
 class Ours(NamedTuple):
@@ -60,6 +63,7 @@ def training_steps(shape: Shape) -> Ours:
     from capibara.strategies.plain import adamw, plain
 
     config = ModelConfig(
+        vocab_size=shape.vocab_size,
         width=shape.width,
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,
@@ -70,7 +74,7 @@ def training_steps(shape: Shape) -> Ours:
     model = ModularCapibaraModel(config, seed=0)
     optimizer = adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY, beta1=BETAS[0], beta2=BETAS[1], clip_norm=CLIP)
     strategy = plain(objective(model), optimizer)
-    tokens = np.random.default_rng(0).integers(0, 256, (shape.steps, shape.B, shape.T + 1), np.int32)
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (shape.steps, shape.B, shape.T + 1), np.int32)
     batches = {
         "tokens": tokens[..., :-1],
         "targets": tokens[..., 1:],

@@ -2,21 +2,20 @@
 
 XLA on CPU allocates its results and temporaries anew at every execution; glibc maps large blocks afresh each time, so
 every step touches memory that the kernel must first clear. The small model shows what is left where the blocks stay
-below glibc's threshold. A setting holds for a process, so each way has a process of
-its own; both stay alive, held to one core, and train in turn.
+below glibc's threshold. A setting holds for a process, so each way has a process of its own; both stay alive, held to
+one core, and train in turn.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 
 from _common import emit, interleaved, row, say
 from _step import LARGER, SMALL, Shape, training_steps
+from _workers import Worker, hold_to_one_core
 
 REPEATS = 7
 SHAPES = (SMALL, LARGER)
@@ -28,18 +27,22 @@ def main() -> None:
     """Prints both ways and their ratio for each shape."""
     rows = []
     for number, shape in enumerate(SHAPES):
-        workers = {way: Worker(number, way) for way in WAYS}
+        workers = {way: Worker([__file__, str(number), way]) for way in WAYS}
+        faults: dict[str, list[int]] = {way: [] for way in WAYS}
         timings = interleaved(
-            {way: worker.train for way, worker in workers.items()},
+            {
+                way: lambda worker=worker, told=faults[way]: told.append(int(worker.run()[0]))
+                for way, worker in workers.items()
+            },
             repeats=REPEATS,
             clock=lambda workers=workers: sum(worker.cpu_s for worker in workers.values()),
         )
         for way, words in WAYS.items():
-            t, faults, peak = timings[way], workers[way].faults[1:], workers[way].close()
+            t, peak = timings[way], int(workers[way].close())
             speed, spread = round(shape.tokens / t.median), (shape.tokens / t.high, shape.tokens / t.low)
             rows += [
                 row(f"{words}: {shape.label}", speed, "tokens/CPU-s", spread=spread),
-                row(f"{words}: page faults a step", round(statistics.median(faults) / shape.steps)),
+                row(f"{words}: page faults a step", round(statistics.median(faults[way][1:]) / shape.steps)),
                 row(f"{words}: peak memory of the process", round(peak / 2**20), "MiB"),
             ]
         ratio = timings["tuned"].median / timings["system"].median
@@ -49,44 +52,9 @@ def main() -> None:
     emit("allocator", rows)
 
 
-class Worker:
-    """A process that trains `shape.steps` steps for every line it is sent.
-
-    Attributes:
-      cpu_s: CPU seconds of all its runs so far, those of the kernel included.
-      faults: Page faults of each run.
-    """
-
-    def __init__(self, number: int, way: str):
-        command = [sys.executable, __file__, str(number), way]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.cpu_s, self.faults = 0.0, list[int]()
-
-    def train(self) -> None:
-        """One run."""
-        cpu_s, faults = self._ask("train").split()
-        self.cpu_s += float(cpu_s)
-        self.faults.append(int(faults))
-
-    def close(self) -> int:
-        """Ends the process; its peak memory in bytes."""
-        peak = int(self._ask("end"))
-        self.process.wait()
-        return peak
-
-    def _ask(self, word: str) -> str:
-        assert self.process.stdin and self.process.stdout
-        print(word, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"A training process ended early, with exit code {self.process.wait()}.")
-        return answer
-
-
 def work(shape: Shape, way: str) -> None:
     """The worker's side: answers each line on standard input."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
+    hold_to_one_core()
     if way == "tuned":
         from capibara.runtime import tune_allocator
 

@@ -39,6 +39,8 @@ BENCHMARKS = {
     "merge_files": MAIN,
     "soups": MAIN,
     "bfloat16": MAIN,
+    "kernel_step": MAIN,
+    "kernel_curves": MAIN,
     "attention": WITH_PEERS,
     "step_vs_torch": WITH_PEERS,
     "generation": WITH_PEERS,
@@ -46,8 +48,12 @@ BENCHMARKS = {
 }
 """Name of the script to the environment it runs in: this one, or the one that `make peers` makes."""
 
+GROUPS = {
+    "kernels": ("bfloat16", "attention", "vote"),
+    "step": ("kernel_step", "kernel_curves", "step_vs_torch", "stacked", "generation"),
+}
+"""Name of a group to its benchmarks."""
 
-GROUPS = {"kernels": ("bfloat16", "attention", "vote"), "step": ("step_vs_torch", "generation")}
 
 
 def main() -> int:
