@@ -211,7 +211,8 @@ def config_check(config_path: str, overrides: tuple[str, ...], print_config: boo
         _print_config(loaded, as_json)
     else:
         told = loaded.consensus.describe()
-        say(as_json, {"ok": True, "file": config_path, "consensus": told}, f"{config_path}: good. {told}")
+        missing = "" if loaded.data.path else " No text is named yet: training needs data.path."
+        say(as_json, {"ok": True, "file": config_path, "consensus": told}, f"{config_path}: good. {told}{missing}")
 
 
 @command(main, "doctor")

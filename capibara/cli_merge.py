@@ -56,14 +56,14 @@ def add_merge(main: click.Group) -> None:
     def group() -> None:
         """Merge checkpoints larger than memory; show one; compare two."""
 
-    path = click.Path(path_type=Path)
+    path = click.Path(path_type=Path, readable=False)  # what cannot be read is told by what reads it
 
     @command(group, "files", cls=FilesCommand)
     @click.argument("inputs", nargs=-1, type=path)
     @click.option("-o", "--out", type=path, required=True, help="A folder to be made, or a .safetensors file.")
     @click.option("--method", help="How (default uniform); the names are listed above.")
     @click.option("--recipe", type=path, help="A recipe.toml instead of inputs and options.")
-    @click.option("--weights", metavar="W,W,…", help="One for each input, summing to 1.")
+    @click.option("--weights", metavar="W,W,…", help="One for each input, summing to 1; then --method is weighted.")
     @click.option("--base", type=path, help="What the inputs are fine-tunes of, for methods on task vectors.")
     @click.option("--option", "options", multiple=True, metavar="NAME=NUMBER", help="A number of the method's own.")
     @click.option("--faulty", type=int, help="f, inputs that may be arbitrary (default: a third of them).")
@@ -71,7 +71,7 @@ def add_merge(main: click.Group) -> None:
     @click.option("--dtype", help="float32, bfloat16, float16 or float64 (default: the inputs').")
     @click.option("--stochastic-rounding", is_flag=True, help="Round to 16 bits without bias.")
     @click.option("--seed", type=int, help="Of everything random (default 0).")
-    @click.option("--shard-size", metavar="SIZE", help="Most bytes of one file, e.g. 5GB (default: one file).")
+    @click.option("--shard-size", metavar="SIZE", help="Most bytes of one file, e.g. 5GB, if no tensor is larger.")
     @click.option(
         "--vocabulary-map", "maps", multiple=True, metavar="I=FILE",
         help="For input I (from 0): a JSON list with its row, or null, for each row of the first input's vocabulary.",
@@ -184,5 +184,7 @@ def _number(text: str, option: str) -> float:
 
 def _size(text: str) -> int:
     unit = SIZES.get(text[-2:].lower())
-    number = _number(text[:-2] if unit else text, "--shard-size")
-    return int(number * (unit or 1))
+    try:
+        return int(float(text[:-2] if unit else text) * (unit or 1))
+    except (ValueError, OverflowError):
+        raise ConfigError(f"--shard-size is bytes, or a number with KB, MB, GB or TB; got {text!r}.") from None

@@ -54,7 +54,7 @@ class Command(click.Group):
             error.show()
             return 2
         except click.UsageError as error:
-            path = error.ctx.command_path if error.ctx else "capibara"
+            path = " ".join((error.ctx.command_path if error.ctx else "capibara").split())  # one name may be hidden
             return _fail(f"error: {error.format_message()} See `{path} --help`.", 2, as_json)
         except ConfigError as error:
             return _fail(f"error: {error}", 2, as_json)

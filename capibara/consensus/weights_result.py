@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,8 @@ class ConvexResult:
     Attributes:
       weights: float64[M], of the best of {inputs, uniform, candidate} by evaluation; what `merge` uses.
       objective: Name of the problem.
-      value: What was minimised, at `candidate`, penalty included.
+      value: What was minimised, at `candidate`, penalty included. Where another was chosen, value, gap and bound are
+        still those of `candidate`: nothing bounds how far `weights` are from the surrogate's best.
       surrogate_loss: The same without the penalty.
       dual_gap: See the certificate.
       lower_bound: value − dual_gap; None where the gap is no bound.
@@ -86,7 +87,7 @@ class ConvexResult:
     dual_gap: float | None
     lower_bound: float | None
     certificate: str
-    candidate: np.ndarray = field(repr=False)
+    candidate: np.ndarray
     chosen: str
     losses: np.ndarray
     candidate_loss: float
@@ -129,6 +130,9 @@ class ConvexResult:
         ]
         gap = "no gap" if self.dual_gap is None else f"gap {self.dual_gap:.2e}"
         state = "" if self.converged else ", not converged"
+        if self.chosen != "candidate":
+            shares = ", ".join(f"{i}: {w:.3f}" for i, w in enumerate(self.candidate) if w > 0)
+            lines.append(f"value and gap are the candidate's ({shares}), which measured worse than what was chosen")
         lines.append(
             f"{self.objective}: value {self.value:.4f}, {gap} ({self.certificate}{state}, {self.iterations} "
             f"iterations); transfer gap {self.transfer_gap:+.4f}"

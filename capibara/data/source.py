@@ -62,7 +62,7 @@ def text_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
                 else:
                     others.add(file.suffix or file.name)
         elif not path.exists():
-            raise DataError(f"There is no {path}; data.path names a folder or files of text ({', '.join(SUFFIXES)}).")
+            raise DataError(f"There is no {path}; name a folder or files of text ({', '.join(SUFFIXES)}).")
         elif not _is_text(path):
             raise DataError(f"{path} is none of {', '.join(SUFFIXES)}; convert it, or name another file.")
         elif not path.is_file():
@@ -72,7 +72,7 @@ def text_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     if not found:
         names = ", ".join(map(str, given)) or "data.path"
         held = f"; it has {', '.join(sorted(others)[:5])}" if others else ""
-        raise DataError(f"{names} holds no text: no file ends in {', '.join(SUFFIXES)}{held}. Put your text there.")
+        raise DataError(f"{names} holds no text: no file ends in {', '.join(SUFFIXES)}{held}. Name another place.")
     once: dict[Path, Path] = {}
     for file in found:
         once.setdefault(file.resolve(), file)

@@ -81,8 +81,17 @@ def _certificate(record: dict[str, Any]) -> list[str]:
     found = record.get("validation")
     if not found:
         return ["None: the weights were not found on data. Nothing is claimed about how good this merge is."]
+    whose, lines = "", []
+    if found["chosen"] != "candidate":
+        shares = ", ".join(f"{weight:.6g}" for weight in found["candidate"])
+        whose = " of the weights that the search found"
+        lines = [
+            f"- **not of the weights above**: the search found {shares}, but that merge measured worse than "
+            f"{found['chosen']}, which this is; what follows certifies the search, and bounds nothing for this merge"
+        ]
     return [
-        f"- kind: `{found['certificate']}`; objective: {found['objective']}, value {found['value']:.6f} nats",
+        *lines,
+        f"- kind: `{found['certificate']}`; objective: {found['objective']}, value{whose} {found['value']:.6f} nats",
         f"- at most {found['dual_gap']:.3g} above the best weights' value, on these validation tokens",
         "- the gap certifies the surrogate on this validation sample, not the merged network",
     ]
@@ -93,7 +102,8 @@ def _evaluation(record: dict[str, Any]) -> list[str]:
     if not found:
         return ["None was made."]
     rows = [f"| {name} | {loss:.4f} |" for name, loss in found["losses"].items()]
-    return [f"Held-out loss in nats a token, {found['tokens']:,} tokens:", "", "| model | loss |", "|---|---|", *rows]
+    head = f"Held-out loss in nats a token, {found['tokens']:,} tokens in {found['sequences']} sequences:"
+    return [head, "", "| model | loss |", "|---|---|", *rows, *(["", found["caution"]] if "caution" in found else [])]
 
 
 def _cell(text: str) -> str:

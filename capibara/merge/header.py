@@ -162,4 +162,4 @@ def _in_order(path: Path, entries: dict[str, Entry], start: int, total: int) -> 
 
 
 def _bad(path: Path, reason: str) -> DataError:
-    return DataError(f"{path} is not a whole safetensors file: {reason}.")
+    return DataError(f"{path} is not a whole safetensors file: {reason}. Copy or save it anew.")

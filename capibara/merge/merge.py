@@ -34,6 +34,9 @@ from capibara.merge.tensors import Checkpoint
 
 RECORD = "merge.json"
 
+OTHER_FILES = (".npz", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".gguf", ".msgpack", ".h5", ".json", ".txt")
+"""Names of an output that mean a file of another kind, where a folder would be made."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -79,17 +82,21 @@ def merge(
     if recipe.validation is not None:
         from capibara.merge.validation import weigh
 
-        recipe, validation = weigh(recipe, checkpoints, _stamps(checkpoints), _validations(out, work))
+        before = _validations(out, work)
+        recipe, validation = weigh(recipe, checkpoints, _stamps(checkpoints), before, progress or _silent)
     identity = _identity(recipe, checkpoints)
-    if out.exists():
+    if out.exists() and not _is_empty_folder(out):
         return _found(out, identity, files or Files())
     try:
         journal = Journal(work, identity, files or Files())
     except OSError as error:
         raise out_of_room(out, error, kept=False) from error
     try:
-        parts = _Merge(recipe, method, checkpoints, jobs, journal, progress or (lambda *_: None), validation)
+        parts = _Merge(recipe, method, checkpoints, jobs, journal, progress or _silent, validation)
         return parts.run(out, identity)
+    except (ConfigError, DataError):  # the same command would fail again: nothing is worth keeping
+        journal.files.remove(work)
+        raise
     finally:
         journal.close()
         with suppress(OSError):
@@ -181,8 +188,8 @@ class _Merge:
         inputs = []
         for i, checkpoint in enumerate(self.checkpoints[: len(self.recipe.inputs)]):
             entry = self._about(i, checkpoint)
-            if self.recipe.weights is not None:
-                entry["weight"] = self.recipe.weights[i]
+            if self.recipe.weights is not None or self.recipe.method == "uniform":
+                entry["weight"] = self.recipe.weights[i] if self.recipe.weights else 1 / len(self.recipe.inputs)
             if decision is not None and decision.reasons:
                 entry["reason"] = decision.reasons[i]
                 entry["coefficient"] = float(decision.coefficients[""][i])
@@ -207,7 +214,6 @@ class _Merge:
     def _check_digests(self, record: dict[str, Any]) -> None:
         for entry, wanted in zip(record["inputs"], self.recipe.digests, strict=False):
             if wanted is not None and wanted != entry["digest"]:
-                self.files.remove(self.work)
                 raise DataError(
                     f"{entry['path']} is not what the recipe was made of: its digest is {entry['digest'][:16]}…, the "
                     f"recipe says {wanted[:16]}…"
@@ -248,7 +254,7 @@ def _check_out(out: Path, recipe: Recipe) -> None:
             raise ConfigError(f"The output {out} is one of the inputs; name another place.")
         if target.is_relative_to(given) or given.is_relative_to(target):
             raise ConfigError(f"The output {out} lies inside the input {path} or holds it; name a place beside it.")
-    if out.suffix in (".npz", ".bin", ".pt", ".gguf"):
+    if out.suffix in OTHER_FILES:
         raise ConfigError(f"Merges are written as safetensors: name a folder or a .safetensors file; got {out}.")
     try:
         is_folder = out.parent.is_dir()
@@ -256,6 +262,14 @@ def _check_out(out: Path, recipe: Recipe) -> None:
         raise RunError(f"{out.parent} cannot be entered ({error.strerror}); name another place.") from None
     if not is_folder:
         raise RunError(f"{out.parent} is no folder; make it first, or name another output.")
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and path.suffix != ".safetensors" and not any(path.iterdir())
 
 
 def _identity(recipe: Recipe, checkpoints: list[Checkpoint]) -> str:

@@ -6,6 +6,7 @@ first tensor on and not only at the end.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -123,4 +124,6 @@ class Output:
 def out_of_room(path: Path, error: OSError, *, kept: bool) -> RunError:
     """The error for a disk that cannot be written."""
     goes_on = " The same command goes on where this one stopped." if kept else ""
-    return RunError(f"{path} cannot be written ({error.strerror or error}). Make room or name another place.{goes_on}")
+    forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    cure = "Name a place that you may write to." if forbidden else "Make room or name another place."
+    return RunError(f"{path} cannot be written ({error.strerror or error}). {cure}{goes_on}")

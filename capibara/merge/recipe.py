@@ -74,6 +74,9 @@ class Recipe:
             raise ConfigError(f"Stochastic rounding is to 16 bits; dtype is {self.dtype}. Leave one of them out.")
         if self.weights is not None:
             check_weights(self.weights, len(self.inputs))
+        for i in self.vocabulary_maps:
+            if not 0 <= i < len(self.inputs):
+                raise ConfigError(f"A vocabulary map is for input {i}; inputs are 0 to {len(self.inputs) - 1}.")
         if self.shard_size is not None and self.shard_size < 1:
             raise ConfigError(f"shard_size is a number of bytes above 0; got {self.shard_size}.")
 
@@ -114,7 +117,8 @@ def read_map(path: Path) -> np.ndarray:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no vocabulary map ({error}).") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise ConfigError(f"{path} is no vocabulary map ({reason}); give a JSON list of rows and nulls.") from None
     if not isinstance(rows, list) or not all(row is None or (type(row) is int and row >= 0) for row in rows):
         raise ConfigError(f"{path} is no vocabulary map: it must be a JSON list of row numbers and nulls.")
     return np.array([-1 if row is None else row for row in rows], np.int64)
@@ -129,7 +133,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no recipe ({error}).") from None
+        reason = error.strerror if isinstance(error, OSError) else f"no TOML: {error}"
+        raise ConfigError(f"{path} is no recipe ({reason}). `recipe.toml` beside a merge is one.") from None
     for key in content:
         if key not in (*_KINDS, "inputs", "options"):
             raise ConfigError(f"{path}: " + unknown_name("key", key, [*_KINDS, "inputs", "options"]))

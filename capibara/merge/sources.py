@@ -23,6 +23,11 @@ INDEX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 KINDS = f"a .safetensors file, a *{INDEX}, an .npz file, or a folder of a model, a run or an Orbax checkpoint"
 
+CONVERT = (
+    "Convert it to safetensors first, where you trust it (`safetensors.torch.save_file`); `IncrementalSoupStrategy` "
+    "reads pickles of plain arrays without running anything."
+)
+
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
@@ -55,7 +60,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
         return Checkpoint(path, "npz", npz_tensors(path), files=(path,))
     if path.suffix in PICKLES:
-        raise DataError(f"{path} is a pickle: opening it would run its code. Convert it to safetensors first.")
+        raise DataError(f"{path} is a pickle: opening it would run its code. {CONVERT}")
     raise DataError(f"{path} is no checkpoint that can be read. Give {KINDS}.")
 
 
@@ -94,7 +99,7 @@ def _weights(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
         raise DataError(f"{path} has {len(found)} .safetensors files and no *{INDEX} that says which tensor is where.")
     if any(file.suffix in PICKLES for file in path.iterdir()):
         raise DataError(
-            f"{path} holds its weights as a pickle, and opening that would run its code. Convert it to safetensors."
+            f"{path} holds its weights as a pickle, and opening that would run its code. {CONVERT}"
         )
     raise DataError(f"{path} holds no checkpoint. Give {KINDS}.")
 

@@ -9,7 +9,7 @@ time is in memory, as float32, beside the one that is being summed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -33,12 +33,21 @@ SEQUENCES = 64
 """At most, spread evenly over the text: each input reads them once, and the merges that are tried."""
 
 DOCUMENTS = 10_000
+
+CAUTION = (
+    "The validation text is one sequence only: there is no cross-fit, and neither weights nor losses say anything "
+    "about other text. Give more text."
+)
 STRENGTH = 0.01
 """λ of the pull to equal weights."""
 
 
 def weigh(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], stamps: Sequence[Any], before: Sequence[dict[str, Any]] = ()
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    stamps: Sequence[Any],
+    before: Sequence[dict[str, Any]] = (),
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with the weights found, and what is certain of them, as `merge.json` records it.
 
@@ -47,6 +56,7 @@ def weigh(
       checkpoints: Its inputs, opened.
       stamps: What tells their files from others of the same name.
       before: What earlier commands found. What one of them found for the same question is not computed again.
+      progress: Told of the bytes of models that have been read; how many it will be is not known before.
 
     Raises:
       ConfigError: If the recipe says how to weigh already, or an input is no model that can be run.
@@ -68,7 +78,7 @@ def weigh(
     for record in before:
         if record.get("question") == question:
             return replace(recipe, method="weighted", weights=tuple(record["weights"]), validation=None), record
-    trees = _Trees(checkpoints)
+    trees = _Trees(checkpoints, progress)
     found = find_weights(
         trees,
         objective(model),
@@ -86,7 +96,8 @@ def weigh(
         "losses": {**names, "uniform": found.uniform_loss, "this merge": found.merged_loss},
         "tokens": int(batch["mask"].sum()),
         "sequences": len(batch["mask"]),
-        "summary": found.summary(),
+        "summary": found.summary() + ("" if found.crossfit else f"\n{CAUTION}"),
+        **({} if found.crossfit else {"caution": CAUTION}),
         "question": question,
         "weights": list(weights),
     }
@@ -104,8 +115,8 @@ def _question(batch: dict[str, np.ndarray], config: Any, stamps: Sequence[Any]) 
 class _Trees(Sequence[Any]):
     """The inputs' parameters under our names, float32, each read when it is asked for."""
 
-    def __init__(self, checkpoints: Sequence[Checkpoint]):
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Sequence[Checkpoint], progress: Callable[[str, int, int], None]):
+        self.checkpoints, self.progress, self.read = checkpoints, progress, 0
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -121,6 +132,8 @@ class _Trees(Sequence[Any]):
                     continue
                 raw = np.empty(tensor.numbers * numpy_type(tensor.dtype).itemsize, np.uint8)
                 reader.read(0, tensor, 0, raw.data)
+                self.read += len(raw)
+                self.progress("finding weights, models read", self.read, 0)
                 values = raw.view(numpy_type(tensor.dtype)).reshape(tensor.shape).astype(np.float32)
                 found[our_name(name) if theirs else name] = our_array(name, values) if theirs else values
         return found
@@ -152,12 +165,15 @@ def _batch(text: Path, checkpoint: Checkpoint, config: Any) -> dict[str, np.ndar
 
     definition = checkpoint.carried.get("tokenizer.json")
     if not isinstance(definition, Path):
-        raise ConfigError(f"--validation needs {checkpoint.path}/tokenizer.json to read text with.")
+        raise ConfigError(
+            f"--validation needs {checkpoint.path}/tokenizer.json to read text with; copy the model's there "
+            "(`model.save` writes it where `model.tokenizer` is set)."
+        )
     tokenizer = load_tokenizer(definition)
     documents = [document.text for document in islice(read_documents(text), DOCUMENTS)]
     ids = [np.append(one, tokenizer.eos).astype(np.int64) for one in tokenizer.encode_batch(documents)]
     if sum(len(one) for one in ids) < 2:
-        raise DataError(f"{text} holds no text to validate on.")
+        raise DataError(f"{text} holds no text to validate on; give two tokens at least, better some thousand.")
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])])
     length = min(LENGTH, config.max_length)
     line = line_up(offsets, np.arange(len(ids)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,11 +140,18 @@ def result_text(results: Any) -> str:
     run, parts = results.run_path, [_text(rounds_table(results.history)), results.summary()]
     if results.sample:
         parts.append("A sample of the merged model:\n" + _indented(results.sample[:300].strip()))
+    name = _command()
     parts.append(
-        f"Next:\n  capibara verify {run} --expect {results.head}\n  capibara generate {run} --prompt 'The people'\n"
-        f"  capibara runs show {run}"
+        f"Next:\n  {name} verify {run} --expect {results.head}\n  {name} generate {run} --prompt 'The people'\n"
+        f"  {name} runs show {run}"
     )
     return "\n\n".join(parts)
+
+
+def _command() -> str:
+    """What a shell finds the command by: its name, or the path it was called by where its folder is not searched."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "capibara" and shutil.which("capibara") is None else "capibara"
 
 
 def verify_text(report: Report) -> str:

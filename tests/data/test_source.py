@@ -113,7 +113,7 @@ def test_what_holds_no_text_is_refused_with_what_is_there(tmp_path):
     write(tmp_path / "papers" / "deep" / "b.docx", "PK")
     os.mkfifo(tmp_path / "pipe.txt")
     for name, words in (
-        ("empty", r"empty holds no text: no file ends in \.txt, \.md, \.jsonl, \.jsonl\.gz\. Put your text there"),
+        ("empty", r"empty holds no text: no file ends in \.txt, \.md, \.jsonl, \.jsonl\.gz\. Name another place"),
         ("papers", r"papers holds no text.*; it has \.docx, \.pdf\."),
         ("papers/a.pdf", r"a\.pdf is none of \.txt"),
         ("missing", "There is no .*missing"),

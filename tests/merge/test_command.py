@@ -94,7 +94,10 @@ REFUSED = {
     "a recipe and inputs": (["A", "--recipe", "r.toml"], "A recipe says everything; leave out the inputs"),
     "a recipe and options": (["--recipe", "r.toml", "--seed", "1"], "leave out --seed"),
     "a recipe that is not there": (["--recipe", "r.toml"], "is no recipe"),
-    "a shard size of words": (["A", "B", "--shard-size", "big"], "--shard-size takes numbers"),
+    "another kind of file": (["A", "B", "-o", "out.pkl"], "written as safetensors"),
+    "a shard size of words": (["A", "B", "--shard-size", "big"], "with KB, MB, GB or TB; got 'big'"),
+    "a shard size of another unit": (["A", "B", "--shard-size", "5XB"], "with KB, MB, GB or TB; got '5XB'"),
+    "a map for no input": (["A", "B", "--vocabulary-map", "5=m.json"], "for input 5; inputs are 0 to 1"),
     "a map without a file": (["A", "B", "--vocabulary-map", "1"], "NAME=VALUE"),
 }
 
@@ -111,6 +114,14 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(capsys, tmp_path, monkeypa
     code, out, err = run(capsys, "merge", *args, *([] if "-o" in args else ["-o", "out"]))
     assert code in (1, 2) and not out and reason in err and len(err.strip().splitlines()) == 1
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_can_be_the_output(capsys, tmp_path, models):
+    (tmp_path / "empty").mkdir()
+    code, out, _ = run(capsys, "merge", *models[0], "-o", tmp_path / "empty")
+    assert code == 0 and f"{models[0][1]}  0.3333" in out
+    assert "| 0.333333 |" in (tmp_path / "empty" / "README.md").read_text()
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
 
 
 def test_an_output_that_is_something_else_is_left_alone(capsys, tmp_path, models):
@@ -137,7 +148,7 @@ def test_without_the_right_to_write_it_is_an_error(tmp_path, models):
             path.chmod(0o755)
         os.seteuid(65534)
     try:
-        with pytest.raises(RunError, match="Permission denied.*name another place"):
+        with pytest.raises(RunError, match="Permission denied.*Name a place that you may write to"):
             merge(recipe, closed / "out")
         if root:
             with pytest.raises(RunError, match="cannot be entered .Permission denied.; name another place"):
@@ -225,12 +236,16 @@ def test_progress_is_bytes_a_second():
 
     from rich.console import Console
 
-    clock = iter([0.0, 0.0, 2.0])
-    console = Console(file=io.StringIO(), force_terminal=False)
+    clock, plain = iter([0.0, 0.0, 10.0, 19.0]), io.StringIO()
+    console = Console(file=plain, force_terminal=False)
     meter = Meter(console=console, clock=lambda: next(clock))
     with meter:
         meter("merging", 0, 8_000_000_000)
-    assert meter.live is None  # nothing is drawn where there is no terminal
+        assert plain.getvalue() == ""  # what is soon done prints no line where there is no terminal
+        meter("merging", 2_000_000_000, 8_000_000_000)
+        meter("merging", 8_000_000_000, 8_000_000_000)
+    assert meter.live is None and plain.getvalue() == "merging  2 GB of 8 GB  200 MB/s  30 s left\n"
+    assert meter.line(2_000_000_000, 0, 2.0) == "merging  2 GB  1 GB/s"
     assert meter.line(2_000_000_000, 8_000_000_000, 2.0) == "merging  2 GB of 8 GB  1 GB/s  6 s left"
     drawn = io.StringIO()
     with Meter(console=Console(file=drawn, force_terminal=True, width=100), clock=lambda: 1.0) as meter:

@@ -261,6 +261,7 @@ def test_a_model_of_nan_is_named(tmp_path):
     for method in ("uniform", "median"):
         with pytest.raises(DataError, match=r"'model.norm.weight' of .*m1.safetensors holds NaN"):
             merge(Recipe(tuple(paths), method=method), tmp_path / method)
+        assert not (tmp_path / f".{method}.merging").exists()  # the same command would fail again
 
 
 def test_numbers_that_do_not_fit_the_output_are_an_error(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,7 +163,29 @@ def test_llama_folders_are_weighed_as_the_same_models_of_ours(folders, tmp_path)
 def test_one_sequence_is_enough_to_weigh_but_not_to_cross_fit(folders, tmp_path):
     (tmp_path / "short.txt").write_text(TEXT[:40])
     report = merge(Recipe(folders[1][:2], validation=tmp_path / "short.txt"), tmp_path / "out")
-    assert report.record["validation"]["sequences"] == 1 and report.record["validation"]["crossfit"] is None
+    found = report.record["validation"]
+    assert found["sequences"] == 1 and found["crossfit"] is None
+    assert found["summary"].endswith("Give more text.") and found["caution"] in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_gap_that_is_not_of_the_weights_chosen_says_so(folders, tmp_path):
+    """The same function with all hidden units negated: the mean of both knows nothing, and an input is chosen."""
+    text, ours, _ = folders
+    params = read_model(ours[0])
+    for name in ("embedding", *(f"blocks.0.{name}" for name in ("query", "key", "value", "gate", "up", "out", "down"))):
+        params[name] = -params[name]
+    shutil.copytree(ours[0], tmp_path / "turned")
+    write_model(tmp_path / "turned" / "model.safetensors", params)
+    record = merge(Recipe((ours[0], tmp_path / "turned"), validation=text), tmp_path / "out").record
+    found, card = record["validation"], (tmp_path / "out" / "README.md").read_text()
+    assert found["losses"]["input 0: ours0"] == pytest.approx(found["losses"]["input 1: turned"], abs=1e-4)
+    assert found["chosen"] in ("model 0", "model 1") and sorted(found["weights"]) == [0, 1]
+    assert found["candidate"] == pytest.approx([0.5, 0.5], abs=1e-3) and found["candidate_loss"] > 0.1 + max(
+        found["losses"]["input 0: ours0"], found["losses"]["input 1: turned"]
+    )
+    shares = ", ".join(f"{weight:.6g}" for weight in found["candidate"])
+    assert f"**not of the weights above**: the search found {shares}" in card
+    assert "value and gap are the candidate's (0: 0.500, 1: 0.500)" in found["summary"]
 
 
 def test_what_cannot_be_weighed_is_refused(folders, tmp_path):
