@@ -128,10 +128,10 @@ def _gradients(eps: float) -> Any:
 
     def second(saved, pull):
         s, scale, grad, beside = saved
-        if beside is None:
-            _, back = jax.vjp(lambda *arrays: _plain_gradients(eps, *arrays, jnp.zeros(0, s.dtype)), s, scale, grad)
-            return (*back(pull), None)
-        return jax.vjp(partial(_plain_gradients, eps), s, scale, grad, beside)[1](pull)
+        if beside is not None:
+            return jax.vjp(partial(_plain_gradients, eps), s, scale, grad, beside)[1](pull)
+        alone = partial(_plain_gradients, eps, beside=jnp.zeros(0, s.dtype))
+        return (*jax.vjp(alone, s, scale, grad)[1](pull), None)
 
     gradients = jax.custom_vjp(first)
     gradients.defvjp(lambda *arrays: (gradients(*arrays), arrays), second)
@@ -175,5 +175,7 @@ def _call(name: str, shapes: Any, eps: float) -> Any:
 def _checked(x: jax.Array, scale: jax.Array) -> jax.Array:
     """The scale in float32."""
     if x.ndim == 0 or scale.shape != x.shape[-1:]:
-        raise ConfigError(f"scale has one number for each of the last axis of x {list(x.shape)}; got {list(scale.shape)}.")
+        raise ConfigError(
+            f"scale has one number for each of the last axis of x{list(x.shape)}; got {list(scale.shape)}."
+        )
     return scale.astype(jnp.float32)
