@@ -39,8 +39,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
       ConfigError: If scale has another length than x's last axis.
 
     Example:
-      >>> rms_norm(jnp.array([[3.0, 4.0]]), jnp.ones(2), 0.0).round(3).tolist()
-      [[0.8489999771118164, 1.1319999694824219]]
+      >>> rms_norm(jnp.array([[2.0, -2.0]]), jnp.array([1.0, 4.0]), 0.0).round(3).tolist()
+      [[1.0, -4.0]]
     """
     wide = _checked(x, scale)
     if x.size == 0 or x.dtype not in DTYPES or not native():
@@ -66,9 +66,9 @@ def residual_rms_norm(
       ConfigError: If shapes or dtypes do not fit each other.
 
     Example:
-      >>> s, y = residual_rms_norm(jnp.array([1.0, 2.0]), jnp.array([2.0, 2.0]), jnp.ones(2), 0.0)
+      >>> s, y = residual_rms_norm(jnp.array([1.0, -3.0]), jnp.array([1.0, 1.0]), jnp.ones(2), 0.0)
       >>> s.tolist(), y.round(3).tolist()
-      ([3.0, 4.0], [0.8489999771118164, 1.1319999694824219])
+      ([2.0, -2.0], [1.0, -1.0])
     """
     wide = _checked(x, scale)
     if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
