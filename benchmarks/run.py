@@ -42,6 +42,7 @@ BENCHMARKS = {
     "kernel_step": MAIN,
     "kernel_curves": MAIN,
     "attention": WITH_PEERS,
+    "layers": MAIN,
     "step_vs_torch": WITH_PEERS,
     "generation": WITH_PEERS,
     "vote": WITH_PEERS,
@@ -49,11 +50,10 @@ BENCHMARKS = {
 """Name of the script to the environment it runs in: this one, or the one that `make peers` makes."""
 
 GROUPS = {
-    "kernels": ("bfloat16", "attention", "vote"),
+    "kernels": ("bfloat16", "attention", "layers", "vote"),
     "step": ("kernel_step", "kernel_curves", "step_vs_torch", "stacked", "generation"),
 }
 """Name of a group to its benchmarks."""
-
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """The layers of the decoder, written so that XLA on CPU runs them well and any backend runs them right.
 
 Linear layers take bfloat16 or float32 in and sum in float32 (a dot with another output type falls off the fast path
-for weight gradients); SiLU has its gradient in sigmoid form; averages are dots. Shapes: B sequences, T tokens, D width,
-N heads, K key/value heads, H head size.
+for weight gradients); norms and activations go through `capibara.kernels` and read what they need once. Shapes: B
+sequences, T tokens, D width, N heads, K key/value heads, H head size.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from capibara.kernels.activation import silu as silu
+from capibara.kernels.activation import swiglu
 from capibara.kernels.attention import fast_attention, masked_attention
 from capibara.kernels.matmul import dot
+from capibara.kernels.norm import residual_rms_norm
+from capibara.kernels.norm import rms_norm as rms_norm
 
 
 @jax.custom_vjp
@@ -36,27 +40,6 @@ def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array):
 
 
 linear.defvjp(_linear_forward, _linear_backward)
-
-
-@jax.custom_vjp
-def silu(x: jax.Array) -> jax.Array:
-    """x · σ(x); its gradient σ(x)(1 + x(1 − σ(x))) needs one exponential."""
-    return x * jax.nn.sigmoid(x)
-
-
-def _silu_backward(x: jax.Array, grad: jax.Array):
-    gate = jax.nn.sigmoid(x)
-    return (grad * gate * (1 + x * (1 - gate)),)
-
-
-silu.defvjp(lambda x: (silu(x), x), _silu_backward)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / √(mean x² + eps) · scale, statistics in float32; Zhang & Sennrich 2019."""
-    wide = x.astype(jnp.float32)
-    mean = jnp.einsum("...d,...d->...", wide, wide)[..., None] / x.shape[-1]
-    return (wide * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * scale.astype(x.dtype)
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -120,7 +103,7 @@ class AttentionBlock(nnx.Module):
         """[B, T, D] → [B, T, D], and the cache with this block's keys and values."""
         c = self.config
         B, T, _ = x.shape
-        y = rms_norm(x, self.norm_attention[...], c.norm_eps)
+        x, y = residual_rms_norm(x, None, self.norm_attention[...], c.norm_eps)
         query = linear(y, self.query[...]).reshape(B, T, c.num_heads, c.head_size)
         key = linear(y, self.key[...]).reshape(B, T, c.kv_heads, c.head_size)
         value = linear(y, self.value[...]).reshape(B, T, c.kv_heads, c.head_size)
@@ -131,9 +114,8 @@ class AttentionBlock(nnx.Module):
             value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, length, 0, 0))
             cache = (key, value, length + T)
         mixed = attention(query, key, value, allowed).reshape(B, T, -1)
-        x = x + linear(mixed, self.out[...])
-        y = rms_norm(x, self.norm_mlp[...], c.norm_eps)
-        return x + linear(silu(linear(y, self.gate[...])) * linear(y, self.up[...]), self.down[...]), cache
+        x, y = residual_rms_norm(x, linear(mixed, self.out[...]), self.norm_mlp[...], c.norm_eps)
+        return x + linear(swiglu(linear(y, self.gate[...]), linear(y, self.up[...])), self.down[...]), cache
 
 
 def _matrix(rngs: nnx.Rngs, shape: tuple[int, int], scale: float) -> nnx.Param:

@@ -77,4 +77,33 @@ struct AttentionBackward {
     const float* partition;
 };
 
+// [groups, rows, width] with a scale [width] for each group; a task is `block` rows of one of them, `blocks` a group.
+struct NormShape {
+    int64_t rows, width, block, blocks;
+    float eps;
+    const float* scale;
+};
+
+// sum = x + residual, out = the normalised sum. Without a residual (null) there is no sum, and x is normalised.
+struct NormForward {
+    NormShape shape;
+    const void *x, *residual;
+    void *sum, *out;
+};
+
+// to_s = the gradient through `out` of what was normalised, s, plus `beside` where it is not null.
+struct NormBackward {
+    NormShape shape;
+    const void *s, *grad, *beside;
+    void* to_s;
+    float* to_scale;  // [tasks, width]: of each task's rows
+};
+
+// One number for each of x; `up` and `to_up` belong to SwiGLU, `grad` to the backward kernels.
+struct Activation {
+    const void *x, *up, *grad;
+    int64_t length, block;
+    void *out, *to_up;
+};
+
 }  // namespace capibara

@@ -3,10 +3,14 @@
 
 #include <vector>
 
+#include "layer_handlers.hpp"
 #include "votes.hpp"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
+
+#define CAPIBARA_DECLARED(name) XLA_FFI_DECLARE_HANDLER_SYMBOL(name);
+CAPIBARA_LAYER_HANDLERS(CAPIBARA_DECLARED)
 
 namespace capibara {
 namespace {
@@ -119,6 +123,8 @@ const Handler* handlers() {
         {"capibara_weighted_sum", reinterpret_cast<void*>(call_weighted_sum)},
         {"capibara_attention_forward", reinterpret_cast<void*>(call_attention_forward)},
         {"capibara_attention_backward", reinterpret_cast<void*>(call_attention_backward)},
+#define CAPIBARA_LISTED(name) {#name, reinterpret_cast<void*>(name)},
+        CAPIBARA_LAYER_HANDLERS(CAPIBARA_LISTED)
         {nullptr, nullptr},
     };
     return found;

@@ -2,8 +2,10 @@
 //
 // Nothing that other translation units share may be instantiated here (inline functions of the standard library): the
 // linker keeps one copy of those, perhaps the one with instructions that another machine lacks.
+#include "activation.hpp"
 #include "attention.hpp"
 #include "gram.hpp"
+#include "norm.hpp"
 #include "peak.hpp"
 #include "rounded.hpp"
 #include "sorted_mean.hpp"
@@ -25,6 +27,14 @@ const capibara::Kernels& table() {
         CAPIBARA_BOTH(rounded),
         CAPIBARA_BOTH(attention_forward),
         CAPIBARA_BOTH(attention_backward),
+        CAPIBARA_BOTH(rms_norm_forward),
+        CAPIBARA_BOTH(rms_norm_backward),
+        CAPIBARA_BOTH(silu_forward),
+        CAPIBARA_BOTH(silu_backward),
+        CAPIBARA_BOTH(gelu_forward),
+        CAPIBARA_BOTH(gelu_backward),
+        CAPIBARA_BOTH(swiglu_forward),
+        CAPIBARA_BOTH(swiglu_backward),
     };
     return found;
 }

@@ -22,6 +22,14 @@ struct Kernels {
     Kernel<Rounded> rounded;
     Kernel<AttentionForward> attention_forward;
     Kernel<AttentionBackward> attention_backward;
+    Kernel<NormForward> rms_norm_forward;
+    Kernel<NormBackward> rms_norm_backward;
+    Kernel<Activation> silu_forward;
+    Kernel<Activation> silu_backward;
+    Kernel<Activation> gelu_forward;
+    Kernel<Activation> gelu_backward;
+    Kernel<Activation> swiglu_forward;
+    Kernel<Activation> swiglu_backward;
 };
 
 // The sets that were built and that this machine runs, best first; null behind the last one.
