@@ -119,6 +119,8 @@ const Handler* handlers() {
         {"capibara_weighted_sum", reinterpret_cast<void*>(call_weighted_sum)},
         {"capibara_attention_forward", reinterpret_cast<void*>(call_attention_forward)},
         {"capibara_attention_backward", reinterpret_cast<void*>(call_attention_backward)},
+        {"capibara_cross_entropy_losses", cross_entropy_losses_function()},
+        {"capibara_cross_entropy_gradients", cross_entropy_gradients_function()},
         {nullptr, nullptr},
     };
     return found;

@@ -3,6 +3,7 @@
 // Nothing that other translation units share may be instantiated here (inline functions of the standard library): the
 // linker keeps one copy of those, perhaps the one with instructions that another machine lacks.
 #include "attention.hpp"
+#include "cross_entropy.hpp"
 #include "gram.hpp"
 #include "peak.hpp"
 #include "rounded.hpp"
@@ -25,6 +26,11 @@ const capibara::Kernels& table() {
         CAPIBARA_BOTH(rounded),
         CAPIBARA_BOTH(attention_forward),
         CAPIBARA_BOTH(attention_backward),
+        CAPIBARA_BOTH(cross_entropy_begin),
+        CAPIBARA_BOTH(cross_entropy_scores),
+        CAPIBARA_BOTH(cross_entropy_slopes),
+        CAPIBARA_BOTH(cross_entropy_end),
+        cross_entropy_merge,
     };
     return found;
 }

@@ -22,6 +22,8 @@ struct Kernels {
     Kernel<Rounded> rounded;
     Kernel<AttentionForward> attention_forward;
     Kernel<AttentionBackward> attention_backward;
+    Kernel<CrossEntropy> cross_entropy_begin, cross_entropy_scores, cross_entropy_slopes, cross_entropy_end;
+    void (*cross_entropy_merge)(const CrossEntropy&, int64_t task);
 };
 
 // The sets that were built and that this machine runs, best first; null behind the last one.
