@@ -40,6 +40,7 @@ BENCHMARKS = {
     "soups": MAIN,
     "bfloat16": MAIN,
     "attention": WITH_PEERS,
+    "cross_entropy": WITH_PEERS,
     "step_vs_torch": WITH_PEERS,
     "generation": WITH_PEERS,
     "vote": WITH_PEERS,
@@ -47,7 +48,7 @@ BENCHMARKS = {
 """Name of the script to the environment it runs in: this one, or the one that `make peers` makes."""
 
 
-GROUPS = {"kernels": ("bfloat16", "attention", "vote"), "step": ("step_vs_torch", "generation")}
+GROUPS = {"kernels": ("bfloat16", "attention", "cross_entropy", "vote"), "step": ("step_vs_torch", "generation")}
 
 
 def main() -> int:

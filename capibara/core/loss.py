@@ -2,7 +2,7 @@
 
     loss = mean over counted targets of (logsumexp(hW) − (hW)[target]) + z · logsumexp(hW)²
 
-`capibara.kernels.cross_entropy` computes it in chunks, with its gradients; this module says when.
+`capibara.kernels.cross_entropy` computes it in chunks, with its gradients; this module says when and how.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK_LOGITS = 2**22
 
 def head_losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Loss and log-partition of every token: hidden [M, D], head [V, D], targets int[M] → float32[M] each."""
-    if is_faster(hidden.dtype, len(hidden)):
+    if is_faster(hidden.dtype, len(hidden), len(head)):
         return token_losses(hidden, head, targets)
     return plain_losses(hidden, head, targets)
 
@@ -41,7 +41,7 @@ def head_loss(
     M, V = hidden.shape[0], head.shape[0]
     counted = mask.astype(jnp.float32)
     weights = counted / jnp.maximum(counted.sum(), 1.0)
-    kernel = is_faster(hidden.dtype, M)
+    kernel = is_faster(hidden.dtype, M, V)
     if not kernel:
         if chunk == 0 and M * V <= AUTOMATIC_LIMIT:
             losses, partition = plain_losses(hidden, head, targets)

@@ -29,6 +29,9 @@ LARGEST_TILE, SMALLEST_TILE = 192, 48
 SEGMENTS = 16
 """Most parts of the vocabulary that threads share out; each has its own sum of hidden gradients."""
 
+FEWEST_TOKENS, SMALLEST_VOCABULARY = 16, 1024
+"""Below them plain JAX is as fast: with 256 bytes, the three products are all there is to do."""
+
 
 class Plan(NamedTuple):
     """How the kernel cuts its work; never by the number of threads, so that sums do not depend on it.
@@ -48,12 +51,13 @@ class Plan(NamedTuple):
     backward: int
 
 
-def is_faster(dtype: Any, tokens: int) -> bool:
+def is_faster(dtype: Any, tokens: int, vocabulary: int) -> bool:
     """Whether the native kernel is to be preferred on a CPU to XLA's products, for hidden states of this dtype.
 
-    Not where XLA multiplies bfloat16 in bfloat16, nor without AVX2: XLA compiles for the processor it finds.
+    Not for few tokens or a small vocabulary, where XLA is as fast; not where XLA multiplies bfloat16 in bfloat16; nor
+    without AVX2, where the kernel is compiled for less than the processor that XLA compiles for.
     """
-    if tokens < 16 or not native() or instruction_set() == "baseline":
+    if tokens < FEWEST_TOKENS or vocabulary < SMALLEST_VOCABULARY or not native() or instruction_set() == "baseline":
         return False
     return dtype == jnp.float32 or (dtype == jnp.bfloat16 and widens())
 
@@ -126,7 +130,7 @@ def _losses_primal(hidden, head, targets):
         return plain_losses(hidden, head, targets)
 
     def kernel(hidden, head, targets):
-        cut = plan(*hidden.shape, len(head))
+        cut = plan(len(hidden), hidden.shape[1], len(head))
         rows = jax.ShapeDtypeStruct((len(hidden),), jnp.float32)
         call = _call("capibara_cross_entropy_losses", (rows, rows, _scratch(cut.forward)), cut)
         return tuple(call(hidden, head, targets)[:2])
@@ -149,11 +153,13 @@ def _weighed(losses, partition, weights, z_loss):
 
 def _total_primal(hidden, head, targets, weights, way):
     if way.kernel:
-        return _weighed(*_losses(hidden, head, targets), weights, way.z_loss)
+        losses, partition = _losses(hidden, head, targets)
+        return _weighed(losses, partition, weights, way.z_loss)
 
     def add(total, part):
         h, t, w = part
-        return total + _weighed(*plain_losses(h, head, t), w, way.z_loss), None
+        losses, partition = plain_losses(h, head, t)
+        return total + _weighed(losses, partition, w, way.z_loss), None
 
     return jax.lax.scan(add, jnp.zeros(()), _parts(way.chunk, hidden, targets, weights))[0]
 
@@ -179,7 +185,7 @@ def _both_primal(hidden, head, targets, weights, way):
         return plain(hidden, head, targets, weights)
 
     def kernel(hidden, head, targets, weights):
-        cut = plan(*hidden.shape, len(head), way.chunk)
+        cut = plan(len(hidden), hidden.shape[1], len(head), way.chunk)
         rows = jax.ShapeDtypeStruct((len(hidden),), jnp.float32)
         slopes = (jax.ShapeDtypeStruct(hidden.shape, hidden.dtype), jax.ShapeDtypeStruct(head.shape, jnp.float32))
         call = _call("capibara_cross_entropy_gradients", (rows, rows, *slopes, _scratch(cut.backward)), cut)

@@ -120,14 +120,17 @@ template <class T>
 void cross_entropy_begin(const CrossEntropy& call, int64_t) {
     const T* hidden = static_cast<const T*>(call.hidden);
     const Panels columns = across(call);
+    constexpr int64_t BLOCK = 16;  // of columns: what is written stays in the first-level cache
     for (int64_t first = 0; first < call.room; first += NR) {
         const int64_t width = columns.vectors(first) * W;
-        float* out = columns.at(first, 0);
-        for (int64_t t = first; t < first + width; ++t)
-            for (int64_t d = 0; d < call.width; ++d)
-                out[d * width + t - first] = t < call.tokens ? to_float(hidden[t * call.width + d]) : 0.0f;
+        for (int64_t from = 0; from < call.width; from += BLOCK) {
+            const int64_t end = call.width - from < BLOCK ? call.width : from + BLOCK;
+            for (int64_t t = first; t < first + width; ++t)
+                for (int64_t d = from; d < end; ++d)
+                    columns.at(first, d)[t - first] = t < call.tokens ? to_float(hidden[t * call.width + d]) : 0.0f;
+        }
     }
-    pack(hidden, call.width, 1.0f, along(call));
+    if (call.kept) pack(hidden, call.width, 1.0f, along(call));
     for (int64_t t = 0; t < call.room; ++t) {
         int64_t target = t < call.tokens ? call.targets[t] : -1 - call.vocabulary;
         if (target < 0) target += call.vocabulary;
@@ -270,14 +273,17 @@ void cross_entropy_slopes(const CrossEntropy& call, int64_t segment) {
 // dH: the segments' parts, summed in order and rounded once.
 template <class T>
 void cross_entropy_end(const CrossEntropy& call, int64_t) {
-    const int64_t wide = round_up(call.width, W);
-    T* out = static_cast<T*>(call.hidden_out);
-    for (int64_t t = 0; t < call.tokens; ++t)
-        for (int64_t d = 0; d < call.width; ++d) {
-            float sum = call.to_hidden[t * wide + d];
-            for (int64_t s = 1; s < call.segments; ++s) sum += call.to_hidden[(s * call.tokens + t) * wide + d];
-            from_float(sum, out + t * call.width + d);
+    const int64_t wide = round_up(call.width, W), apart = call.tokens * wide;
+    for (int64_t t = 0; t < call.tokens; ++t) {
+        T* out = static_cast<T*>(call.hidden_out) + t * call.width;
+        for (int64_t d = 0; d < call.width; d += W) {
+            const float* part = call.to_hidden + t * wide + d;
+            Vec sum = load(part);
+            for (int64_t s = 1; s < call.segments; ++s) sum += load(part + s * apart);
+            const int64_t used = call.width - d < W ? call.width - d : W;
+            for (int64_t i = 0; i < used; ++i) from_float(sum[i], out + d + i);
         }
+    }
 }
 
 }  // namespace CAPIBARA_ISA
