@@ -2,9 +2,9 @@
 
     total = Σ weight · (log Σ exp(hW) − (hW)[target] + z · (log Σ exp(hW))²)
 
-Gradients are computed with the value, while a chunk's logits are there. On a CPU the native kernel (`src/cross_entropy.hpp`)
-does both in two passes over tiles of the vocabulary, adding to the head's gradient in place; elsewhere plain JAX does,
-with a product for every step. Both sum in float32. Shapes: M tokens, D width, V vocabulary.
+Gradients are computed with the value, while a chunk's logits are there. On a CPU the native kernel
+(`src/cross_entropy.hpp`) does both in two passes over tiles of the vocabulary, adding to the head's gradient in place;
+elsewhere plain JAX does, with a product for every step. Both sum in float32. Shapes: M tokens, D width, V vocabulary.
 References: Wijmans et al. 2024 (cut cross-entropy); z-loss, de Brébisson & Vincent 2016, as in PaLM.
 """
 

@@ -1,8 +1,13 @@
-"""Cross-entropy of a linear head against float64 NumPy: every instruction set, dtype and ragged size, and JAX's maps."""
+"""Cross-entropy of a linear head against float64 NumPy: every instruction set, dtype, ragged size and map of JAX."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -199,6 +204,22 @@ def test_a_chunk_larger_than_the_tokens_is_all_of_them():
     args = inputs(case)
     for one, other in zip(slopes(args, case)[1], slopes(args, case._replace(chunk=64))[1], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def digest() -> str:
+    case = Case(64, 32, 3000, 40)
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in slopes(inputs(case), case)[1])).hexdigest()
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot hold a process to one core")
+def test_one_thread_and_all_of_them_give_the_same_bits():
+    code = (
+        "import os, sys; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_cross_entropy as t; print(t.digest())"
+    )
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert alone.stdout.strip() == digest(), alone.stderr
 
 
 def test_nothing_in_gives_nothing_out():
