@@ -1,10 +1,10 @@
 """Cross-entropy of a tied head on a CPU, value and gradients: the native kernel against torch's, and against plain JAX.
 
 `h @ W.T` and the mean cross-entropy of 2048 tokens, down to the gradients of h and W, all of one dtype. Torch's is
-`F.cross_entropy` run eagerly, and compiled where `torch.compile` finds a compiler. Plain JAX is this project's own loss
+`F.cross_entropy` run eagerly, and compiled where `torch.compile` finds a compiler. Plain JAX is this project's loss
 without the kernel: a loop over chunks for the large vocabulary, all logits at once for 256 bytes, which models leave to
-plain JAX. One core and one thread each, in one process, in turn, by CPU time. Temporary memory is what the compiler says
-a program needs beside arguments and results, the scratch memory of the kernel included; torch keeps the logits and
+plain JAX. One core and one thread each, in one process, in turn, by CPU time. Temporary memory is what the compiler
+says a program needs beside arguments and results, the kernel's scratch memory included; torch keeps the logits and
 their gradient, each M · V numbers. Needs `make peers`.
 """
 
