@@ -23,7 +23,7 @@ from capibara.kernels.matmul import dot, widens
 CHUNK = 256
 """Most tokens at once in the native kernel: the head's gradient is read and written once for each of them."""
 
-LARGEST_TILE, SMALLEST_TILE = 192, 48
+LARGEST_TILE, SMALLEST_TILE = 96, 48
 """Rows of the head in a tile: its logits and both gradients are in the second-level cache together."""
 
 SEGMENTS = 16
