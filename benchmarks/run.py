@@ -43,6 +43,7 @@ BENCHMARKS = {
     "kernel_curves": MAIN,
     "attention": WITH_PEERS,
     "layers": MAIN,
+    "cross_entropy": WITH_PEERS,
     "step_vs_torch": WITH_PEERS,
     "generation": WITH_PEERS,
     "vote": WITH_PEERS,
@@ -50,7 +51,7 @@ BENCHMARKS = {
 """Name of the script to the environment it runs in: this one, or the one that `make peers` makes."""
 
 GROUPS = {
-    "kernels": ("bfloat16", "attention", "layers", "vote"),
+    "kernels": ("bfloat16", "attention", "layers", "cross_entropy", "vote"),
     "step": ("kernel_step", "kernel_curves", "step_vs_torch", "stacked", "generation"),
 }
 """Name of a group to its benchmarks."""

@@ -106,4 +106,24 @@ struct Activation {
     void *out, *to_up;
 };
 
+// A chunk of tokens of the cross-entropy of a linear head [vocabulary, width]; arrays of one number a token have room for
+// `room` of them, a multiple of 16. Tasks are segments of the vocabulary, made of whole tiles; `begin`, `merge` and `end`
+// are one task.
+struct CrossEntropy {
+    const void *hidden, *head;  // [tokens, width], [vocabulary, width]
+    bool narrow;                // the head is float32 and is rounded to bfloat16
+    int64_t tokens, room, vocabulary, width, tile, segments;
+    const int32_t* targets;  // negative ones count from the end; outside the loss is NaN
+    const float* weights;
+    float z_loss;
+    bool kept, first;                     // all shares are kept, for gradients; to_head holds nothing yet
+    float *hidden_columns, *hidden_rows;  // packed
+    int32_t* places;                      // [room]: of the target, or -1
+    float *chosen, *tops, *sums;          // [room], [tiles, room], [tiles, room]
+    float* shares;                        // [vocabulary, room], or [segments, tile, room]
+    float* to_hidden;                     // [segments, tokens, width in whole vectors]
+    float *losses, *partition, *to_head;  // results
+    void* hidden_out;                     // dH, in the dtype of hidden
+};
+
 }  // namespace capibara

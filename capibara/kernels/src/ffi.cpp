@@ -125,6 +125,8 @@ const Handler* handlers() {
         {"capibara_attention_backward", reinterpret_cast<void*>(call_attention_backward)},
 #define CAPIBARA_LISTED(name) {#name, reinterpret_cast<void*>(name)},
         CAPIBARA_LAYER_HANDLERS(CAPIBARA_LISTED)
+        {"capibara_cross_entropy_losses", cross_entropy_losses_function()},
+        {"capibara_cross_entropy_gradients", cross_entropy_gradients_function()},
         {nullptr, nullptr},
     };
     return found;

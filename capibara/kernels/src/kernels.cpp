@@ -4,6 +4,7 @@
 // linker keeps one copy of those, perhaps the one with instructions that another machine lacks.
 #include "activation.hpp"
 #include "attention.hpp"
+#include "cross_entropy.hpp"
 #include "gram.hpp"
 #include "norm.hpp"
 #include "peak.hpp"
@@ -35,6 +36,11 @@ const capibara::Kernels& table() {
         CAPIBARA_BOTH(gelu_backward),
         CAPIBARA_BOTH(swiglu_forward),
         CAPIBARA_BOTH(swiglu_backward),
+        CAPIBARA_BOTH(cross_entropy_begin),
+        CAPIBARA_BOTH(cross_entropy_scores),
+        CAPIBARA_BOTH(cross_entropy_slopes),
+        CAPIBARA_BOTH(cross_entropy_end),
+        cross_entropy_merge,
     };
     return found;
 }

@@ -30,6 +30,8 @@ struct Kernels {
     Kernel<Activation> gelu_backward;
     Kernel<Activation> swiglu_forward;
     Kernel<Activation> swiglu_backward;
+    Kernel<CrossEntropy> cross_entropy_begin, cross_entropy_scores, cross_entropy_slopes, cross_entropy_end;
+    void (*cross_entropy_merge)(const CrossEntropy&, int64_t task);
 };
 
 // The sets that were built and that this machine runs, best first; null behind the last one.
