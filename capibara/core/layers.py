@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from capibara.kernels.attention import fast_attention, masked_attention
+from capibara.kernels.attention import fast_attention
+from capibara.kernels.plain_attention import masked_attention
 from capibara.kernels.matmul import dot
 
 

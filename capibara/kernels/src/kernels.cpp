@@ -2,7 +2,7 @@
 //
 // Nothing that other translation units share may be instantiated here (inline functions of the standard library): the
 // linker keeps one copy of those, perhaps the one with instructions that another machine lacks.
-#include "attention.hpp"
+#include "attention_backward.hpp"
 #include "gram.hpp"
 #include "peak.hpp"
 #include "rounded.hpp"
