@@ -75,7 +75,8 @@ def by_jax(arrays: np.ndarray, dtype: str, *, plain: bool):
     import jax
     import jax.numpy as jnp
 
-    from capibara.kernels.attention import fast_attention, masked_attention
+    from capibara.kernels.attention import fast_attention
+    from capibara.kernels.plain_attention import masked_attention
 
     given = [jnp.asarray(x, dtype) for x in arrays]
     allowed = jnp.tril(jnp.ones((arrays.shape[2],) * 2, bool))[None, None]

@@ -137,7 +137,9 @@ def packed_attention(
     return attended(arrays, sight) if qkv.size else jnp.zeros((B, T, num_heads, width // heads), qkv.dtype)
 
 
-def _given(arrays: Arrays, sizes: tuple[int, int, int, int], kv_heads: int, *, causal, segment_ids, bias, window, scale, rotary):
+def _given(
+    arrays: Arrays, sizes: tuple[int, int, int, int], kv_heads: int, *, causal, segment_ids, bias, window, scale, rotary
+):
     """All that goes in, checked; `sizes` are B, N, T and S."""
     B, N, T, S = sizes
     size = arrays.q.shape[-1]
@@ -148,7 +150,8 @@ def _given(arrays: Arrays, sizes: tuple[int, int, int, int], kv_heads: int, *, c
     arrays = arrays._replace(**_segments(segment_ids, (B, T), (B, S)), bias=_bias(bias, sizes, arrays.q.dtype))
     if rotary is not None:
         arrays = arrays._replace(**_angles(rotary, B, T, S, size))
-    return arrays, Sight(bool(causal), int(window or 0), float(size**-0.5 if scale is None else scale), kv_heads)
+    scale = float(size**-0.5 if scale is None else scale)
+    return arrays, Sight(bool(causal), int(window or 0), scale, kv_heads, not isinstance(segment_ids, tuple))
 
 
 def _segments(ids: Any, queries: tuple[int, int], keys: tuple[int, int]) -> dict[str, jax.Array]:

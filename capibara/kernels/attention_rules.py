@@ -1,7 +1,7 @@
 """How attention is differentiated, and which program runs where: the native kernel on a CPU, others elsewhere.
 
-Two nested rules: the first derivative is the kernel's own, the second that of the plain formula. `Arrays` and `Sight` are
-those of `plain_attention`.
+Two nested rules: the first derivative is the kernel's own, the second that of the plain formula. `Arrays` and `Sight`
+are those of `plain_attention`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from capibara.kernels.elsewhere import merged, platforms, programs
 from capibara.kernels.library import native
 from capibara.kernels.plain_attention import Arrays, Sight, plain_attention
 
 
 def attended(arrays: Arrays, sight: Sight) -> jax.Array:
     """[B, T, N, H]; differentiable with respect to q, k, v and bias."""
-    if native() or jax.default_backend() != "cpu":
+    if native() or platforms():
         return _attention(arrays, sight)[0]
     return plain_attention(arrays, sight)
 
@@ -35,7 +36,11 @@ def _attended(arrays: Arrays, sight: Sight) -> Any:
     def plain(arrays: Arrays) -> Any:
         return plain_attention(arrays, sight), jnp.zeros(partition.shape, partition.dtype)
 
-    return jax.lax.platform_dependent(arrays, cpu=kernel if native() else plain, default=plain)
+    def on(program: Any, arrays: Arrays) -> Any:
+        return program(arrays), jnp.zeros(partition.shape, partition.dtype)
+
+    others = {name: partial(on, program) for name, program in programs(arrays, sight).items()}
+    return jax.lax.platform_dependent(arrays, cpu=kernel if native() else plain, **others, default=plain)
 
 
 def _attention_forward(arrays: Any, sight: Sight):
@@ -73,8 +78,13 @@ def _pulled_back(arrays: Arrays, out, partition, grad, sight: Sight, with_bias: 
     def plain(arrays: Arrays, out, partition, grad) -> Arrays:
         return _plain_gradients(arrays, wanted, grad, sight)
 
+    def on(program: Any, arrays: Arrays, out, partition, grad) -> Arrays:
+        """Its own gradient, after its forward again: what it keeps is its own."""
+        return jax.vjp(lambda floats: program(merged(arrays, floats)), wanted)[1](grad)[0]
+
     cpu = kernel if native() else plain
-    return jax.lax.platform_dependent(arrays, out, partition, grad, cpu=cpu, default=plain)
+    others = {name: partial(on, program) for name, program in programs(arrays, sight).items()}
+    return jax.lax.platform_dependent(arrays, out, partition, grad, cpu=cpu, **others, default=plain)
 
 
 def _gradients_forward(arrays, out, partition, grad, sight, with_bias):
@@ -87,7 +97,7 @@ def _gradients_backward(sight, with_bias, saved, pull):
 
     def first(floats: Arrays, grad) -> Arrays:
         wanted = floats if with_bias else floats._replace(bias=None)
-        return _plain_gradients(_merged(arrays, floats), wanted, grad, sight)
+        return _plain_gradients(merged(arrays, floats), wanted, grad, sight)
 
     floats = arrays._replace(q_segments=None, k_segments=None, cos=None, sin=None)
     to_floats, to_grad = jax.vjp(first, floats, grad)[1](pull)
@@ -99,12 +109,7 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def _plain_gradients(arrays: Arrays, wanted: Arrays, grad: jax.Array, sight: Sight) -> Arrays:
-    return jax.vjp(lambda floats: plain_attention(_merged(arrays, floats), sight), wanted)[1](grad)[0]
-
-
-def _merged(arrays: Arrays, floats: Arrays) -> Arrays:
-    """`arrays` with what `floats` gives in its place."""
-    return Arrays(*(old if new is None else new for old, new in zip(arrays, floats, strict=True)))
+    return jax.vjp(lambda floats: plain_attention(merged(arrays, floats), sight), wanted)[1](grad)[0]
 
 
 def _results(arrays: Arrays, sight: Sight) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -113,10 +118,10 @@ def _results(arrays: Arrays, sight: Sight) -> tuple[jax.ShapeDtypeStruct, jax.Sh
     return jax.ShapeDtypeStruct((B, T, N, H), arrays.q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
 
 
-def _filled(arrays: Arrays) -> Arrays:
+def _filled(arrays: Arrays) -> list[jax.Array]:
     """Empty arrays in place of None: the handlers take a fixed number."""
-    dtypes = Arrays(*(arrays.q.dtype,) * 3, jnp.int32, jnp.int32, jnp.float32, jnp.float32, jnp.float32)
-    return Arrays(*(jnp.zeros(0, dtype) if x is None else x for x, dtype in zip(arrays, dtypes, strict=True)))
+    dtypes = (*(arrays.q.dtype,) * 3, jnp.int32, jnp.int32, jnp.float32, jnp.float32, jnp.float32)
+    return [jnp.zeros(0, dtype) if x is None else x for x, dtype in zip(arrays, dtypes, strict=True)]
 
 
 def _call(name: str, shapes: Any, sight: Sight) -> Any:

@@ -21,12 +21,14 @@ class Sight(NamedTuple):
       window: And no key before t + S − T − window + 1; 0 is no limit.
       scale: Of the scores.
       kv_heads: K.
+      self_segments: Whether the segments of queries and keys are the same, so that with T = S each sees its own key.
     """
 
     causal: bool
     window: int
     scale: float
     kv_heads: int
+    self_segments: bool = False
 
 
 class Arrays(NamedTuple):
@@ -56,14 +58,14 @@ class Arrays(NamedTuple):
 def plain_attention(arrays: Arrays, sight: Sight) -> jax.Array:
     """[B, T, N, H], zeros for a query that sees nothing; see `fast_attention`.
 
-    A number that is not finite reaches the queries that see its key, all of whose row is NaN, and no other: it is 0 in the
-    products (0 · NaN would be NaN), and the rows are marked afterwards. No gradient comes back through such a row.
+    A number that is not finite reaches the queries that see its key, all of whose row is NaN, and no other: it is 0 in
+    the products (0 · NaN would be NaN), and the rows are marked afterwards. No gradient comes back through such a row.
     Turned queries and keys are rounded to their dtype; the kernel keeps them in float32.
     """
     q, k, v = turned(unpacked(arrays, sight))
     seen = visible(arrays, q.shape[1], k.shape[1], sight)
     finite_q, finite_k, finite_v = (jnp.isfinite(x) for x in (q, k, v))
-    q, k, v = (jnp.where(finite, x, jnp.zeros((), x.dtype)) for x, finite in ((q, finite_q), (k, finite_k), (v, finite_v)))
+    q, k, v = (jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)) for x in (q, k, v))
     mixed = masked_attention(q, k, v, seen, sight.scale, arrays.bias)
     broken_keys = ~(finite_k.all(-1) & finite_v.all(-1)).swapaxes(1, 2)[:, :, None, None]
     of_head = seen[:, :, None] if seen.shape[1] == 1 else seen.reshape(seen.shape[0], k.shape[2], -1, *seen.shape[2:])
@@ -76,7 +78,12 @@ def plain_attention(arrays: Arrays, sight: Sight) -> jax.Array:
 
 
 def masked_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, scale: float | None = None, bias: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    allowed: jax.Array,
+    scale: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Plain attention under any mask: `allowed` is bool and broadcasts to [B, N, T, S], as does a bias of the scores.
 
