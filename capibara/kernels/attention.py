@@ -64,7 +64,7 @@ def fast_attention(
       ConfigError: If shapes or dtypes do not fit each other.
 
     Example:
-      >>> q = k = v = np.ones((1, 3, 2, 8), np.float32)
+      >>> q = k = v = jnp.ones((1, 3, 2, 8))
       >>> fast_attention(q, k, v, causal=True).shape
       (1, 3, 2, 8)
     """
@@ -117,7 +117,7 @@ def packed_attention(
       ConfigError: If shapes or dtypes do not fit each other.
 
     Example:
-      >>> packed_attention(np.ones((1, 3, (4 + 2 + 2) * 8), np.float32), 4, 2, causal=True).shape
+      >>> packed_attention(jnp.ones((1, 3, (4 + 2 + 2) * 8)), 4, 2, causal=True).shape
       (1, 3, 4, 8)
     """
     qkv = jnp.asarray(qkv)
