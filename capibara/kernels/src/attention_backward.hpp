@@ -31,6 +31,23 @@ inline void slope_row(float* share, float* slope, int64_t width, float partition
     }
 }
 
+struct Copied {
+    const float* data;
+    int64_t size;
+    void operator()(int64_t row, float* out) const {
+        for (int64_t d = 0; d < size; ++d) out[d] = data[row * size + d];
+    }
+};
+
+inline float dot(const float* a, const float* b, int64_t size) {
+    Vec sum{};
+    int64_t d = 0;
+    for (; d + W <= size; d += W) sum += load(a + d) * load(b + d);
+    float found = sum_of(sum);
+    for (; d < size; ++d) found += a[d] * b[d];
+    return found;
+}
+
 // Adds the slopes of a tile to the bias's gradient; axes that the bias shares are sums.
 inline void add_slopes(const AttentionBias& dbias, int64_t b, int64_t h, const Tile& tile, const float* slopes) {
     for (int64_t i = 0; i < tile.rows; ++i) {
@@ -85,22 +102,18 @@ struct Backward {
         const Rows<T> grad{at<const T>(call.grad, b, h, q), call.grad.token, D, 1.0f, still};
         const Rows<T> out{at<const T>(call.out, b, h, q), call.out.token, D, 1.0f, still};
         query_rows.rows = grad_rows.rows = rows;
-        pack(query, buffer, query_rows);
-        pack(grad, buffer, grad_rows);
-        const bool finite_queries = all_finite(query_rows.data, rows * wide), finite_grads = all_finite(grad_rows.data, rows * wide);
-        bool plain = finite_keys && finite_queries && finite_grads;
         for (int64_t i = 0; i < rows; ++i) {
             query(i, queries + i * D);
             grad(i, grads + i * D);
             out(i, buffer);
-            float sum = 0;
-            for (int64_t d = 0; d < D; ++d) {
-                queries[i * D + d] *= LOG2_E;
-                sum += grads[i * D + d] * buffer[d];
-            }
-            delta[i] = sum;
-            plain = plain && sum * 0.0f == 0 && partition[i] == partition[i];
+            delta[i] = dot(grads + i * D, buffer, D);
         }
+        pack(Copied{queries, D}, buffer, query_rows);
+        pack(Copied{grads, D}, buffer, grad_rows);
+        for (int64_t i = 0; i < rows * D; ++i) queries[i] *= LOG2_E;
+        const bool finite_queries = all_finite(query_rows.data, rows * wide), finite_grads = all_finite(grad_rows.data, rows * wide);
+        bool plain = finite_keys && finite_queries && finite_grads;
+        for (int64_t i = 0; i < rows; ++i) plain = plain && delta[i] * 0.0f == 0 && partition[i] == partition[i];
         for (int64_t i = 0; i < rows * wide; ++i) to_queries[i] = 0;
         for (int64_t k = sight.first_key(q), last = sight.end_key(q + rows - 1); k < last; k += KEYS) {
             const Tile tile = sight.tile(q, rows, k, last);
