@@ -46,11 +46,11 @@ void attention_forward(const AttentionForward& call, int64_t task) {
     const AttentionShape& shape = call.shape;
     const int64_t b = task / shape.heads, h = task % shape.heads, g = h / (shape.heads / shape.kv_heads);
     const int64_t D = shape.size, wide = round_up(D, W), block = QUERIES < shape.queries ? QUERIES : round_up(shape.queries, W);
-    Scratch scratch(Panels::size(D, shape.keys) + Panels::size(shape.keys, D) + block * (D + wide + ROW + 3) + D + 9 * 16);
+    Scratch scratch(Panels::size(D, shape.keys) + Panels::size(shape.keys, D) + block * (D + wide + ROW + 3) + W * D + 9 * 16);
     Panels keys{scratch.take(Panels::size(D, shape.keys)), D, shape.keys};
     Panels values{scratch.take(Panels::size(shape.keys, D)), shape.keys, D};
     float *queries = scratch.take(block * D), *mixed = scratch.take(block * wide), *scores = scratch.take(block * ROW);
-    float *highest = scratch.take(block), *total = scratch.take(block), *shrink = scratch.take(block), *buffer = scratch.take(D);
+    float *highest = scratch.take(block), *total = scratch.take(block), *shrink = scratch.take(block), *buffer = scratch.take(W * D);
     const Angles still{nullptr, nullptr, 0};
     pack_transposed(Rows<T>{at<const T>(call.k, b, g), call.k.token, D, 1.0f, Angles::of(shape, b, 0)}, buffer, keys);
     pack(Rows<T>{at<const T>(call.v, b, g), call.v.token, D, 1.0f, still}, buffer, values);

@@ -76,7 +76,7 @@ struct Backward {
     explicit Backward(const AttentionBackward& c)
         : call(c), shape(c.shape), D(shape.size), wide(round_up(D, W)), block(QUERIES < shape.queries ? QUERIES : shape.queries),
           across(Panels::size(D, shape.keys)), along(Panels::size(shape.keys, D)),
-          scratch(2 * across + along + 2 * shape.keys * wide + block * (2 * D + 3 * wide + 2 * ROW + 1) + D + 14 * 16) {
+          scratch(2 * across + along + 2 * shape.keys * wide + block * (2 * D + 3 * wide + 2 * ROW + 1) + W * D + 14 * 16) {
         keys = {scratch.take(across), D, shape.keys};
         values = {scratch.take(across), D, shape.keys};
         key_rows = {scratch.take(along), shape.keys, D};
@@ -84,7 +84,7 @@ struct Backward {
         grad_rows = {scratch.take(block * wide), block, D};
         to_keys = scratch.take(shape.keys * wide), to_values = scratch.take(shape.keys * wide);
         queries = scratch.take(block * D), grads = scratch.take(block * D), to_queries = scratch.take(block * wide);
-        shares = scratch.take(block * ROW), slopes = scratch.take(block * ROW), delta = scratch.take(block), buffer = scratch.take(D);
+        shares = scratch.take(block * ROW), slopes = scratch.take(block * ROW), delta = scratch.take(block), buffer = scratch.take(W * D);
     }
 
     // C += A · B, where a hidden pair's 0 of A must take nothing from a row of B that is not finite.

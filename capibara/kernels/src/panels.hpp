@@ -119,18 +119,48 @@ inline void pack(const Reader& read, float* buffer, const Panels& to) {
     }
 }
 
-// Packs its transpose: row i of what is read becomes column i.
+// to[d][i] = from[i][d] for W x W numbers. Each round takes vectors i and i + W / 2 in turn, number by number, which rotates
+// the bits of (row, column) by one: after log2 W rounds they have changed places.
+inline void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+#if defined(__GNUC__) && !defined(__clang__)
+    IntVec low, high;
+    for (int i = 0; i < W; ++i) {
+        low[i] = i / 2 + i % 2 * W;
+        high[i] = low[i] + W / 2;
+    }
+    Vec rows[W], turned[W];
+    for (int i = 0; i < W; ++i) rows[i] = load(from + i * from_row);
+#pragma GCC unroll 4
+    for (int round = 1; round < W; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < W / 2; ++i) {
+            turned[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
+            turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) rows[i] = turned[i];
+    }
+    for (int i = 0; i < W; ++i) store(to + i * to_row, rows[i]);
+#else
+    for (int i = 0; i < W; ++i)
+        for (int d = 0; d < W; ++d) to[d * to_row + i] = from[i * from_row + d];
+#endif
+}
+
+// Packs its transpose: row i of what is read becomes column i. `buffer` holds W rows.
 template <class Reader>
 inline void pack_transposed(const Reader& read, float* buffer, const Panels& to) {
+    const int64_t size = to.rows;
     for (int64_t column = 0; column < to.columns; column += NR) {
         const int64_t width = to.vectors(column) * W, used = to.columns - column < width ? to.columns - column : width;
-        float* out = to.at(column, 0);
-        for (int64_t j = 0; j < used; ++j) {
-            read(column + j, buffer);
-            for (int64_t d = 0; d < to.rows; ++d) out[d * width + j] = buffer[d];
+        for (int64_t j = 0; j < width; j += W) {
+            const int64_t count = between(0, used - j, W), whole = count == W ? size / W * W : 0;
+            float* out = to.at(column, 0) + j;
+            for (int64_t i = 0; i < count; ++i) read(column + j + i, buffer + i * size);
+            for (int64_t d = 0; d < whole; d += W) transpose(buffer + d, size, out + d * width, width);
+            for (int64_t d = whole; d < size; ++d)
+                for (int64_t i = 0; i < W; ++i) out[d * width + i] = i < count ? buffer[i * size + d] : 0;
         }
-        for (int64_t j = used; j < width; ++j)
-            for (int64_t d = 0; d < to.rows; ++d) out[d * width + j] = 0;
     }
 }
 
