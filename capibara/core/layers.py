@@ -15,10 +15,12 @@ from flax import nnx
 
 from capibara.kernels.activation import silu as silu
 from capibara.kernels.activation import swiglu
-from capibara.kernels.attention import fast_attention, masked_attention
+from capibara.kernels.attention import fast_attention
 from capibara.kernels.matmul import dot
 from capibara.kernels.norm import residual_rms_norm
 from capibara.kernels.norm import rms_norm as rms_norm
+from capibara.kernels.plain_attention import masked_attention
+from capibara.kernels.rotary import rotary_angles, rotate
 
 
 @jax.custom_vjp
@@ -44,15 +46,10 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Rotates [B, T, N, H] by position, the two halves of a head as pairs (Su et al. 2021, in the order of Llama)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    cos, sin = (f(angle)[..., None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotate(x, *rotary_angles(positions, x.shape[-1], theta))
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array, angles: Any = None) -> jax.Array:
     """Grouped-query attention: query [B, T, N, H], key and value [B, S, K, H] → [B, T, N, H]; softmax in float32.
 
     Args:
@@ -61,9 +58,10 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.A
       value: See above.
       allowed: int[B, T], the documents of a training batch: a token sees itself and what stands before it in its own
         (`causal_segments`), and no mask is made. Or bool[B, T, S], any mask.
+      angles: With segments: what query and key are still to be turned by (`rotary_angles`).
     """
     if allowed.ndim == 2:
-        return fast_attention(query, key, value, causal=True, segment_ids=allowed)
+        return fast_attention(query, key, value, causal=True, segment_ids=allowed, rotary=angles)
     return masked_attention(query, key, value, allowed[:, None])
 
 
@@ -107,13 +105,15 @@ class AttentionBlock(nnx.Module):
         query = linear(y, self.query[...]).reshape(B, T, c.num_heads, c.head_size)
         key = linear(y, self.key[...]).reshape(B, T, c.kv_heads, c.head_size)
         value = linear(y, self.value[...]).reshape(B, T, c.kv_heads, c.head_size)
-        query, key = rotary(query, positions, c.rope_theta), rotary(key, positions, c.rope_theta)
+        angles = rotary_angles(positions, c.head_size, c.rope_theta) if allowed.ndim == 2 and cache is None else None
+        if angles is None:  # with segments, attention turns them as it reads them
+            query, key = rotary(query, positions, c.rope_theta), rotary(key, positions, c.rope_theta)
         if cache is not None:
             keys, values, length = cache
             key = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), (0, length, 0, 0))
             value = jax.lax.dynamic_update_slice(values, value.astype(values.dtype), (0, length, 0, 0))
             cache = (key, value, length + T)
-        mixed = attention(query, key, value, allowed).reshape(B, T, -1)
+        mixed = attention(query, key, value, allowed, angles).reshape(B, T, -1)
         x, y = residual_rms_norm(x, linear(mixed, self.out[...]), self.norm_mlp[...], c.norm_eps)
         return x + linear(swiglu(linear(y, self.gate[...]), linear(y, self.up[...])), self.down[...]), cache
 

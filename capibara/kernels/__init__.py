@@ -2,9 +2,10 @@
 
     arrays.py     NumPy arrays and mapped files    ─┐
     jitted.py     inside jit, through XLA's FFI    ─┼─ library.py ─ _native: src/*.hpp once per instruction set
-    attention.py  fast_attention                   ─┤
+    attention.py  fast_attention, packed_attention ─┤
     norm.py       RMSNorm and its residual         ─┤
-    activation.py SwiGLU, SiLU, GELU               ─┘
+    activation.py SwiGLU, SiLU, GELU               ─┤
+    cross_entropy.py  a linear head and its loss   ─┘
     reference.py  what each of them must equal
 
 To add a kernel: a header in src/, its call in `calls.hpp`, a line in `table.hpp` and in `kernels.cpp`, and a handler in

@@ -1,6 +1,6 @@
 """Attention: the native kernel where there is one, and the same function in plain JAX where there is none.
 
-    O = softmax(scale · Q Kᵀ, where allowed) V
+    O = softmax(scale · R(Q) R(K)ᵀ + bias, where allowed) V        R: RoPE, where it is asked for
 
 The native kernel (`src/attention.hpp`) goes tile by tile and keeps nothing of the size T × S; plain JAX makes the whole
 matrix of scores. Both sum in float32. Shapes: B sequences, T queries, S keys, N heads, K key/value heads, H head size.
@@ -9,31 +9,16 @@ References: Milakov & Gimelshein 2018 (running softmax), Dao et al. 2022 (FlashA
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from capibara.errors import ConfigError
-from capibara.kernels.library import native
+from capibara.kernels.attention_rules import attended
+from capibara.kernels.plain_attention import Arrays, Sight
 
 DTYPES = (jnp.float32, jnp.bfloat16)
-
-
-class Sight(NamedTuple):
-    """Which keys a query sees, apart from segments; hashable, so a jitted program is made for each.
-
-    Attributes:
-      causal: Query t sees no key after t + S − T.
-      window: And no key before t + S − T − window + 1; 0 is no limit.
-      scale: Of the scores.
-    """
-
-    causal: bool
-    window: int
-    scale: float
 
 
 def fast_attention(
@@ -46,15 +31,18 @@ def fast_attention(
     bias: Any = None,
     window: int | None = None,
     scale: float | None = None,
+    rotary: Any = None,
 ) -> jax.Array:
     """Grouped-query attention, differentiable, in memory O(T + S) on a CPU with the native kernels.
 
     A query that sees no key gives zeros. The last query always stands at the last key: with fewer queries than keys,
-    query t is at position t + S − T. The same bits for any number of threads; another instruction set may differ in the
-    last ones. A second derivative, a `bias` and another backend than CPU take the plain path, which makes the scores
-    [B, N, T, S].
+    query t is at position t + S − T. What a query does not see has no influence on its row, a NaN neither; a row that
+    sees one is NaN. The same bits for any number of threads; another instruction set may differ in the last ones. A
+    second derivative takes the plain path, which makes the scores [B, N, T, S], as do other backends.
 
-    Cost: 4 · B · N · T · S · H operations forward (half when causal), 10 backward.
+    Cost: 4 · B · N · T · S · H operations forward (half when causal), 10 backward. The gradient of a bias is summed in
+    float32 in an array of the bias's own shape, and only where it is asked for. Axes that the bias shares are summed by
+    one task after another: a bias of one batch and one head leaves work for one thread.
 
     Args:
       q: [B, T, N, H], float32 or bfloat16.
@@ -62,9 +50,12 @@ def fast_attention(
       v: [B, S, K, H].
       causal: Whether a query sees no key after its own position.
       segment_ids: int[B, T] where T = S, or a pair int[B, T], int[B, S]: only equal ones see each other.
-      bias: Broadcasts to [B, N, T, S] and is added to the scores.
+      bias: Added to the scores: broadcasts to [B, N, T, S] and is never expanded. −inf hides the key.
       window: A query sees its own and the window − 1 keys before it (and, if not causal, all after it).
-      scale: Of the scores; H^-1/2 by default.
+      scale: Of the scores; H^-1/2 by default. It does not apply to the bias.
+      rotary: Cosines and sines of `rotary_angles`, float32[B or 1, S, H / 2] each, for T ≤ S: queries and keys are
+        turned as they are read, in float32, and not rounded in between. Their gradients are turned back; the angles
+        have none.
 
     Returns:
       [B, T, N, H] in the dtype of q.
@@ -73,164 +64,126 @@ def fast_attention(
       ConfigError: If shapes or dtypes do not fit each other.
 
     Example:
-      >>> q = k = v = np.ones((1, 3, 2, 8), np.float32)
+      >>> q = k = v = jnp.ones((1, 3, 2, 8))
       >>> fast_attention(q, k, v, causal=True).shape
       (1, 3, 2, 8)
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-    _check(q, k, v, window)
-    segments = _segments(segment_ids, q.shape, k.shape)
-    sight = Sight(bool(causal), int(window or 0), float(q.shape[-1] ** -0.5 if scale is None else scale))
-    if q.size == 0 or k.size == 0:
-        return jnp.zeros_like(q)
-    if bias is None and native():
-        empty = jnp.zeros(0, jnp.int32)
-        return _attention(q, k, v, *(segments or (empty, empty)), sight)[0]
-    return _plain(q, k, v, segments, bias, sight)
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ConfigError(
+            f"Attention needs q [B, T, N, H] and k and v [B, S, K, H]; got {q.shape}, {k.shape} and {v.shape}."
+        )
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
+        raise ConfigError(f"q, k and v are all float32 or all bfloat16; got {q.dtype}, {k.dtype} and {v.dtype}.")
+    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    arrays, sight = _given(
+        Arrays(q, k, v), sizes, k.shape[2], causal=causal, segment_ids=segment_ids, bias=bias, window=window,
+        scale=scale, rotary=rotary,
+    )  # fmt: skip
+    return attended(arrays, sight) if q.size and k.size else jnp.zeros_like(q)
 
 
-def masked_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, scale: float | None = None
+def packed_attention(
+    qkv: Any,
+    num_heads: int,
+    kv_heads: int,
+    *,
+    causal: bool = False,
+    segment_ids: Any = None,
+    bias: Any = None,
+    window: int | None = None,
+    scale: float | None = None,
+    rotary: Any = None,
 ) -> jax.Array:
-    """Plain attention under any mask or bias: `allowed` is bool or a float bias, broadcast to [B, N, T, S].
+    """`fast_attention` of one array: the kernel reads q, k and v from it where they lie, and writes one gradient.
 
-    The N/K query heads of a group stand below each other, so that keys and values are never repeated and each product
-    is one batched dot. Scores and softmax in float32. A row without a True gives the mean of the values.
+    So a product with weights [D, (N + 2K) · H] needs no split, and its gradient no concatenation.
+
+    Args:
+      qkv: [B, T, (N + 2K) · H], float32 or bfloat16: the heads of q, then those of k, then those of v.
+      num_heads: N.
+      kv_heads: K, a divisor of N.
+      causal: This and the others as for `fast_attention`, with S = T.
+      segment_ids: See there.
+      bias: See there.
+      window: See there.
+      scale: See there.
+      rotary: See there.
+
+    Returns:
+      [B, T, N, H] in the dtype of qkv.
+
+    Raises:
+      ConfigError: If shapes or dtypes do not fit each other.
+
+    Example:
+      >>> packed_attention(jnp.ones((1, 3, (4 + 2 + 2) * 8)), 4, 2, causal=True).shape
+      (1, 3, 4, 8)
     """
-    B, T, N, H = q.shape
-    S, K = k.shape[1], k.shape[2]
-    stacked = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
-    keys, values = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k, v))
-    scores = _batched(stacked, keys, 2).reshape(B, K, N // K, T, S) * (H**-0.5 if scale is None else scale)
-    allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)
-    grouped = (1, 1) if allowed.shape[1] == 1 else (K, N // K)
-    allowed = allowed.reshape(allowed.shape[0], *grouped, *allowed.shape[2:])
-    scores = jnp.where(allowed, scores, -1e30) if allowed.dtype == bool else scores + allowed.astype(jnp.float32)
-    shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    weights = (shares / shares.sum(-1, keepdims=True)).astype(v.dtype)
-    mixed = _batched(weights.reshape(B * K, N // K * T, S), values, 1).astype(v.dtype)
-    return mixed.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    qkv = jnp.asarray(qkv)
+    heads = num_heads + 2 * kv_heads
+    if min(num_heads, kv_heads) < 1 or qkv.ndim != 3 or qkv.shape[2] % heads:
+        raise ConfigError(
+            f"Packed attention needs qkv [B, T, (N + 2 · K) · H] and N, K ≥ 1; got {qkv.shape}, N = {num_heads} and "
+            f"K = {kv_heads}."
+        )
+    if qkv.dtype not in DTYPES:
+        raise ConfigError(f"qkv is float32 or bfloat16; got {qkv.dtype}.")
+    B, T, width = qkv.shape
+    arrays, sight = _given(
+        Arrays(qkv.reshape(B, T, heads, width // heads)), (B, num_heads, T, T), kv_heads, causal=causal,
+        segment_ids=segment_ids, bias=bias, window=window, scale=scale, rotary=rotary,
+    )  # fmt: skip
+    return attended(arrays, sight) if qkv.size else jnp.zeros((B, T, num_heads, width // heads), qkv.dtype)
 
 
-def _attended(q, k, v, q_segments, k_segments, sight: Sight) -> Any:
-    """Output [B, T, N, H] and log-partition float32[B, N, T]; nothing may be derived from the second."""
-
-    def kernel(*arrays: jax.Array) -> Any:
-        shapes = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(_rows(q), jnp.float32))
-        return _call("capibara_attention_forward", shapes, sight)(*arrays)
-
-    def plain(q, k, v, q_segments, k_segments) -> Any:
-        return _plain(q, k, v, _given(q_segments, k_segments), None, sight), jnp.zeros(_rows(q), jnp.float32)
-
-    return jax.lax.platform_dependent(q, k, v, q_segments, k_segments, cpu=kernel, default=plain)
-
-
-def _attention_forward(q, k, v, q_segments, k_segments, sight):
-    out, partition = _attention(q, k, v, q_segments, k_segments, sight)
-    return (out, partition), (q, k, v, q_segments, k_segments, out, partition)
-
-
-def _attention_backward(sight, saved, grads):
-    return (*_gradients(*saved, grads[0], sight), None, None)
+def _given(
+    arrays: Arrays, sizes: tuple[int, int, int, int], kv_heads: int, *, causal, segment_ids, bias, window, scale, rotary
+):
+    """All that goes in, checked; `sizes` are B, N, T and S."""
+    B, N, T, S = sizes
+    size = arrays.q.shape[-1]
+    if kv_heads == 0 or N % kv_heads:
+        raise ConfigError(f"{N} query heads cannot share {kv_heads} key heads evenly; make it a divisor.")
+    if window is not None and window < 1:
+        raise ConfigError(f"window is 1 or more keys; got {window}. Leave it out for no limit.")
+    arrays = arrays._replace(**_segments(segment_ids, (B, T), (B, S)), bias=_bias(bias, sizes, arrays.q.dtype))
+    if rotary is not None:
+        arrays = arrays._replace(**_angles(rotary, B, T, S, size))
+    scale = float(size**-0.5 if scale is None else scale)
+    return arrays, Sight(bool(causal), int(window or 0), scale, kv_heads, not isinstance(segment_ids, tuple))
 
 
-_attention: Any = jax.custom_vjp(_attended, nondiff_argnums=(5,))
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _pulled_back(q, k, v, q_segments, k_segments, out, partition, grad, sight: Sight) -> Any:
-    """Of q, k and v."""
-
-    def kernel(*arrays: jax.Array) -> Any:
-        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
-        return tuple(_call("capibara_attention_backward", shapes, sight)(*arrays))
-
-    def plain(q, k, v, q_segments, k_segments, out, partition, grad) -> Any:
-        return _plain_gradients(q, k, v, q_segments, k_segments, grad, sight)
-
-    return jax.lax.platform_dependent(
-        q, k, v, q_segments, k_segments, out, partition, grad, cpu=kernel, default=plain
-    )
-
-
-def _gradients_forward(q, k, v, q_segments, k_segments, out, partition, grad, sight):
-    found = _gradients(q, k, v, q_segments, k_segments, out, partition, grad, sight)
-    return found, (q, k, v, q_segments, k_segments, grad)
-
-
-def _gradients_backward(sight, saved, pull):
-    """`out` and `partition` are functions of q, k and v; what flows through them is counted there."""
-    q, k, v, q_segments, k_segments, grad = saved
-
-    def first(q, k, v, grad) -> Any:
-        return _plain_gradients(q, k, v, q_segments, k_segments, grad, sight)
-
-    to_q, to_k, to_v, to_grad = jax.vjp(first, q, k, v, grad)[1](pull)
-    return to_q, to_k, to_v, None, None, None, None, to_grad
-
-
-_gradients: Any = jax.custom_vjp(_pulled_back, nondiff_argnums=(8,))
-_gradients.defvjp(_gradients_forward, _gradients_backward)
-
-
-def _plain_gradients(q, k, v, q_segments, k_segments, grad, sight: Sight):
-    segments = _given(q_segments, k_segments)
-    return jax.vjp(lambda q, k, v: _plain(q, k, v, segments, None, sight), q, k, v)[1](grad)
-
-
-def _plain(q, k, v, segments: Any, bias: Any, sight: Sight) -> jax.Array:
-    T, S = q.shape[1], k.shape[1]
-    here, there = jnp.arange(T)[:, None] + S - T, jnp.arange(S)[None, :]
-    allowed = jnp.ones((1, 1, T, S), bool)
-    if sight.causal:
-        allowed &= there <= here
-    if sight.window:
-        allowed &= there > here - sight.window
-    if segments is not None:
-        allowed &= (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
-    mask = allowed if bias is None else jnp.where(allowed, jnp.asarray(bias, jnp.float32), -1e30)
-    mixed = masked_attention(q, k, v, mask, sight.scale)
-    return jnp.where(allowed.any(-1)[:, 0, :, None, None], mixed, jnp.zeros((), mixed.dtype))
-
-
-def _call(name: str, shapes: Any, sight: Sight) -> Any:
-    call = jax.ffi.ffi_call(name, shapes, vmap_method="broadcast_all")
-    return partial(call, causal=np.bool_(sight.causal), window=np.int64(sight.window), scale=np.float32(sight.scale))
-
-
-def _rows(q: jax.Array) -> tuple[int, int, int]:
-    return q.shape[0], q.shape[2], q.shape[1]
-
-
-def _given(q_segments: jax.Array, k_segments: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    return (q_segments, k_segments) if q_segments.size else None
-
-
-def _segments(ids: Any, q: tuple[int, ...], k: tuple[int, ...]) -> tuple[jax.Array, jax.Array] | None:
+def _segments(ids: Any, queries: tuple[int, int], keys: tuple[int, int]) -> dict[str, jax.Array]:
     if ids is None:
-        return None
+        return {}
     pair = tuple(jnp.asarray(part) for part in (ids if isinstance(ids, tuple) else (ids, ids)))
-    for part, wanted in zip(pair, (q[:2], k[:2]), strict=True):
+    for part, wanted in zip(pair, (queries, keys), strict=True):
         if part.shape != wanted or not jnp.issubdtype(part.dtype, jnp.integer):
             raise ConfigError(
                 f"segment_ids are integers of shape {wanted} here; got {part.dtype}{part.shape}. Give (ids of the "
                 "queries, ids of the keys) where their lengths differ."
             )
-    return pair[0].astype(jnp.int32), pair[1].astype(jnp.int32)
+    return {"q_segments": pair[0].astype(jnp.int32), "k_segments": pair[1].astype(jnp.int32)}
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+def _bias(bias: Any, sizes: tuple[int, ...], dtype: Any) -> jax.Array | None:
+    if bias is None:
+        return None
+    bias = jnp.asarray(bias)
+    shape = (1,) * (4 - bias.ndim) + bias.shape
+    if len(shape) != 4 or any(have not in (1, full) for have, full in zip(shape, sizes, strict=True)):
+        raise ConfigError(f"A bias broadcasts to [B, N, T, S], {sizes} here; got {bias.shape}.")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ConfigError(f"A bias is of floats; got {bias.dtype}. Of a mask, give jnp.where(mask, 0.0, -jnp.inf).")
+    return bias.reshape(shape).astype(bias.dtype if bias.dtype == dtype else jnp.float32)
+
+
+def _angles(rotary: Any, B: int, T: int, S: int, size: int) -> dict[str, jax.Array]:
+    cos, sin = (jax.lax.stop_gradient(jnp.asarray(part, jnp.float32)) for part in rotary)
+    if cos.shape != sin.shape or cos.shape not in ((B, S, size // 2), (1, S, size // 2)) or size % 2 or T > S:
         raise ConfigError(
-            f"Attention needs q [B, T, N, H] and k and v [B, S, K, H]; got {q.shape}, {k.shape} and {v.shape}."
+            f"rotary is (cosines, sines) of shape {(B, S, size // 2)} or {(1, S, size // 2)}, for heads of even size "
+            f"and no more queries than keys; got {cos.shape} and {sin.shape} for {T} queries of size {size}."
         )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ConfigError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly; make it a divisor.")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
-        raise ConfigError(f"q, k and v are all float32 or all bfloat16; got {q.dtype}, {k.dtype} and {v.dtype}.")
-    if window is not None and window < 1:
-        raise ConfigError(f"window is 1 or more keys; got {window}. Leave it out for no limit.")
-
-
-def _batched(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return {"cos": cos, "sin": sin}

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capibara.core.layers import attention, causal_segments, linear, rms_norm, rotary, silu
+from capibara.core.config import ModelConfig
+from capibara.core.layers import AttentionBlock, attention, causal_segments, linear, rms_norm, rotary, silu
 
 FLOAT32 = 2e-6
 """Of values of order 1: some tens of roundings of 2⁻²⁴."""
@@ -112,3 +114,14 @@ def test_a_token_sees_itself_and_earlier_ones_of_its_document(segments: list[int
     allowed = np.asarray(visible(jnp.asarray([segments], jnp.int32)))[0]
     for i, j in np.ndindex(*allowed.shape):
         assert allowed[i, j] == (j <= i and segments[i] == segments[j])
+
+
+def test_a_block_turns_the_same_with_segments_as_with_their_mask():
+    """With segments attention turns the heads as it reads them; with a mask they are turned before it."""
+    block = AttentionBlock(ModelConfig(width=32, num_heads=4, num_kv_heads=2, init_scale=0.3), nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 30, 32)), jnp.float32)
+    positions = jnp.concatenate([jnp.arange(20), jnp.arange(10)])[None].repeat(2, 0)
+    segments = jnp.where(jnp.arange(30) < 20, 1, 2)[None].repeat(2, 0)
+    found = block(x, positions, segments)[0]
+    np.testing.assert_allclose(found, block(x, positions, causal_segments(segments))[0], atol=2e-5)
+    assert np.abs(found - block(x, 0 * positions, segments)[0]).max() > 1e-2

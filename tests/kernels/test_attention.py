@@ -1,173 +1,263 @@
-"""Fast attention against float64 NumPy: values, gradients, masks, ragged sizes, transformations of JAX."""
+"""Fast attention against float64 NumPy: values, gradients, masks, biases, RoPE, ragged sizes, transformations of JAX.
+
+On every instruction set of the machine, and in plain JAX.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import BIASED, CASES, TURNED, Case, Inputs, inputs, oracle
 
 from capibara.errors import ConfigError
-from capibara.kernels.attention import fast_attention
-from capibara.kernels.library import native
+from capibara.kernels import attention_rules, library
+from capibara.kernels.attention import fast_attention, packed_attention
+from capibara.kernels.rotary import rotary_angles, rotate
+
+SETS = library.instruction_sets()
 
 
-class Case(NamedTuple):
-    B: int
-    T: int
-    S: int
-    N: int
-    K: int
-    H: int
-    causal: bool = True
-    window: int | None = None
-    segments: bool = False
+@pytest.fixture(params=(*SETS, "plain"))
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Each set of this machine in turn, then plain JAX; the best set again afterwards."""
+    if request.param == "plain":
+        monkeypatch.setattr(attention_rules, "native", lambda: False)
+    else:
+        library.use(request.param)
+    yield request.param
+    if SETS:
+        library.use(SETS[0])
 
 
-CASES = (
-    Case(1, 1, 1, 1, 1, 1),
-    Case(2, 7, 7, 2, 1, 5),
-    Case(2, 300, 300, 4, 2, 64, segments=True),
-    Case(1, 257, 257, 3, 3, 80, causal=False),
-    Case(1, 300, 300, 2, 1, 128, window=100),
-    Case(1, 5, 300, 2, 2, 32),
-    Case(1, 60, 9, 2, 2, 32),
-    Case(1, 270, 270, 1, 1, 256, window=30, segments=True),
-    Case(1, 130, 200, 2, 1, 33, causal=False, window=50),
-)
-
-
-def inputs(case: Case, dtype: str = "float32"):
-    rng = np.random.default_rng(case.T * case.H)
-    q, pull = (rng.normal(size=(case.B, case.T, case.N, case.H)) for _ in range(2))
-    k, v = (rng.normal(size=(case.B, case.S, case.K, case.H)) for _ in range(2))
-    ids = np.sort(rng.integers(0, 4, (case.B, case.S)), axis=1) if case.segments else None
-    return [jnp.asarray(x, dtype) for x in (q, k, v, pull)], ids
-
-
-def oracle(case: Case, arrays, ids):
-    """Output and the gradients of q, k and v, in float64 from the formulas, all scores at once."""
-    q, k, v, pull = (np.asarray(x, np.float64) for x in arrays)
-    group, scale = case.N // case.K, case.H**-0.5
-    keys, values = np.repeat(k, group, 2), np.repeat(v, group, 2)
-    here, there = np.arange(case.T)[:, None] + case.S - case.T, np.arange(case.S)[None, :]
-    allowed = np.ones((case.B, 1, case.T, case.S), bool)
-    if case.causal:
-        allowed &= there <= here
-    if case.window:
-        allowed &= there > here - case.window
-    if ids is not None:
-        allowed &= (ids[:, -case.T :, None] == ids[:, None, :])[:, None]
-    scores = np.where(allowed, np.einsum("btnh,bsnh->bnts", q, keys) * scale, -np.inf)
-    highest = np.max(scores, -1, keepdims=True)
-    e = np.exp(scores - np.where(np.isinf(highest), 0, highest))
-    shares = e / np.maximum(e.sum(-1, keepdims=True), 1e-300)
-    out = np.einsum("bnts,bsnh->btnh", shares, values)
-    to_shares = np.einsum("btnh,bsnh->bnts", pull, values)
-    slopes = shares * (to_shares - np.einsum("btnh,btnh->bnt", pull, out)[..., None]) * scale
-
-    def by_group(x: np.ndarray) -> np.ndarray:
-        return x.reshape(case.B, case.S, case.K, group, case.H).sum(3)
-
-    return (
-        out, np.einsum("bnts,bsnh->btnh", slopes, keys), by_group(np.einsum("bnts,btnh->bsnh", slopes, q)),
-        by_group(np.einsum("bnts,btnh->bsnh", shares, pull)),
+def call(case: Case, q, k, v, bias, given: Inputs):
+    return fast_attention(
+        q, k, v, causal=case.causal, window=case.window, segment_ids=segments(case, given.ids), bias=bias,
+        rotary=given.angles,
     )  # fmt: skip
 
 
-def both_ways(case: Case, arrays, ids):
-    q, k, v, pull = arrays
+def segments(case: Case, ids):
+    return ids if ids is None or case.T == case.S else (ids[:, -case.T :], ids)
 
-    def call(q, k, v):
-        return fast_attention(q, k, v, causal=case.causal, window=case.window, segment_ids=ids)
 
-    @jax.jit
-    def run(q, k, v, pull):
-        out, back = jax.vjp(call, q, k, v)
+@lru_cache(64)
+def compiled(case: Case, dtype: str, native: bool):
+    """One program for all instruction sets: the set is chosen when it runs."""
+    given = inputs(case, dtype)
+
+    def run(q, k, v, pull, bias):
+        if bias is None:
+            out, back = jax.vjp(lambda q, k, v: call(case, q, k, v, None, given), q, k, v)
+        else:
+            out, back = jax.vjp(lambda q, k, v, bias: call(case, q, k, v, bias, given), q, k, v, bias)
         return (out, *back(pull))
 
-    return run(q, k, v, pull)
+    return jax.jit(run).lower(*given[:4], given.bias).compile()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients_are_the_formulas(case: Case):
+def both_ways(case: Case, given: Inputs, forced: str):
+    run = compiled(case, str(given.q.dtype), forced != "plain")
+    return run(*given[:4], given.bias)
+
+
+@pytest.mark.parametrize("case", (*CASES, *BIASED, *TURNED), ids=str)
+def test_values_and_gradients_are_the_formulas(case: Case, forced: str):
     """Float32 sums of up to 600 products of order 1: some 1e-6 of their size, which is up to 10."""
-    arrays, ids = inputs(case)
-    for found, wanted in zip(both_ways(case, arrays, ids), oracle(case, arrays, ids), strict=True):
-        np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=1e-5)
+    given = inputs(case)
+    for found, wanted in zip(both_ways(case, given, forced), oracle(case, given), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=3e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", (CASES[2], CASES[7]), ids=str)
-def test_bfloat16_differs_by_the_rounding_of_what_comes_in_and_out(case: Case):
-    """The oracle gets the rounded inputs; the output is rounded to 8 bits, and `out` is read back rounded."""
-    arrays, ids = inputs(case, "bfloat16")
-    for found, wanted in zip(both_ways(case, arrays, ids), oracle(case, arrays, ids), strict=True):
-        assert found.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=3e-2, rtol=1e-2)
+@pytest.mark.parametrize("case", (CASES[2], CASES[7], BIASED[1], TURNED[0]), ids=str)
+def test_bfloat16_differs_by_the_rounding_of_what_comes_in_and_out(case: Case, forced: str):
+    """The oracle gets the rounded inputs; the output is rounded to 8 bits, and `out` is read back rounded. Plain JAX
+    also rounds turned queries and keys and the shares. A bias stays float32."""
+    given = inputs(case, "bfloat16")
+    found = both_ways(case, given, forced)
+    assert all(x.dtype == jnp.bfloat16 for x in found[:4])
+    for one, wanted in zip(found, oracle(case, given), strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float64), wanted, atol=5e-2, rtol=2e-2)
 
 
-def test_a_query_that_sees_no_key_gives_zeros_and_takes_no_gradient():
-    case = Case(1, 60, 9, 2, 2, 32)
-    arrays, _ = inputs(case)
-    out, to_q, _, _ = both_ways(case, arrays, None)
+def test_a_bias_of_the_inputs_dtype_is_read_as_it_is(forced: str):
+    given = inputs(BIASED[0], "bfloat16")
+    narrow = jnp.asarray(given.bias, jnp.bfloat16)
+    found = jax.jit(lambda bias: call(BIASED[0], *given[:3], bias, given))
+    np.testing.assert_array_equal(found(narrow), found(narrow.astype(jnp.float32)))
+    slope = jax.eval_shape(
+        jax.grad(lambda bias: call(BIASED[0], *given[:3], bias, given).astype(jnp.float32).sum()), narrow
+    )
+    assert slope.dtype == jnp.bfloat16
+
+
+def test_a_query_that_sees_no_key_gives_zeros_and_takes_no_gradient(forced: str):
+    given = inputs(CASES[6])
+    out, to_q, _, _ = both_ways(CASES[6], given, forced)
     assert not np.asarray(out[:, :51]).any() and not np.asarray(to_q[:, :51]).any()
     assert np.asarray(out[:, 51:]).all()
 
 
-def test_vmap_and_scan_are_loops():
-    case = Case(2, 70, 70, 2, 1, 16)
-    (q, k, v, _), _ = inputs(case)
+def test_a_row_of_the_bias_that_is_minus_infinity_gives_zeros(forced: str):
+    case = Case(1, 40, 300, 2, 1, 8, causal=False, bias="BNTS")
+    given = inputs(case)
+    given.bias[0, 1, 7] = -np.inf
+    out, to_q, _, _, to_bias = both_ways(case, given, forced)
+    for x in (out[0, 7, 1], to_q[0, 7, 1], to_bias[0, 1, 7]):
+        assert not np.asarray(x).any()
+    assert np.asarray(out[0, 7, 0]).all()
+
+
+@pytest.mark.parametrize("name", ("k", "v"))
+def test_a_nan_reaches_the_rows_that_see_it_and_no_other(name: str, forced: str):
+    """Key 40 is hidden by position, in one head by the bias, and from document 1 by its segment."""
+    case = Case(1, 60, 60, 2, 1, 16, bias="BNTS")
+    given = inputs(case)
+    given.bias[:] = 0
+    given.bias[0, 1, :, 40] = -np.inf
+    given = given._replace(ids=(np.arange(60) >= 50)[None].astype(np.int32))
+    getattr(given, name)[0, 40] = np.nan
+
+    def run(q, k, v):
+        out = call(case, q, k, v, given.bias, given)
+        return jnp.where(jnp.isfinite(out), out, 0).sum(), out
+
+    slopes, out = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))(*given[:3])
+    broken = np.isnan(np.asarray(out)).all(-1)
+    np.testing.assert_array_equal(np.isnan(np.asarray(out)).any(-1), broken)
+    np.testing.assert_array_equal(broken[0, :, 0], (np.arange(60) >= 40) & (np.arange(60) < 50))
+    assert not broken[0, :, 1].any()
+    assert np.isfinite(np.asarray(slopes[0])[~broken]).all()
+    for slope in slopes[1:]:  # keys of the other document, which no broken row sees
+        assert np.isfinite(np.asarray(slope)[0, 50:]).all()
+
+
+def test_a_gradient_that_is_nan_stays_with_the_keys_that_its_row_sees(forced: str):
+    case = Case(1, 120, 120, 1, 1, 16)
+    given = inputs(case)
+    given.pull[0, 30] = np.nan
+    _, to_q, to_k, to_v = (np.asarray(x) for x in both_ways(case, given, forced))
+    if forced == "plain":  # the product of all rows at once: 0 · NaN
+        assert np.isfinite(to_q[0, :30]).all() and np.isfinite(to_q[0, 31:]).all()
+    else:
+        for slope in (to_k, to_v):
+            assert np.isfinite(slope[0, 31:]).all() and np.isnan(slope[0, :31]).all()
+
+
+@pytest.mark.parametrize(
+    "case", (Case(2, 70, 70, 4, 2, 16), Case(2, 70, 70, 3, 3, 8, rotary=True, bias="NTS")), ids=str
+)
+def test_packed_is_the_same_as_apart(case: Case, forced: str):
+    given = inputs(case)
+    q, k, v, pull = given[:4]
+    qkv = jnp.concatenate([x.reshape(case.B, case.T, -1) for x in (q, k, v)], -1)
+    options = {"causal": True, "bias": given.bias, "rotary": given.angles}
+
+    def packed(qkv):
+        return packed_attention(qkv, case.N, case.K, **options)
+
+    @jax.jit
+    def both(qkv, q, k, v, pull):
+        out, back = jax.vjp(packed, qkv)
+        wanted, apart = jax.vjp(lambda q, k, v: fast_attention(q, k, v, **options), q, k, v)
+        slopes = jnp.concatenate([x.reshape(case.B, case.T, -1) for x in apart(pull)], -1)
+        return (out, back(pull)[0]), (wanted, slopes)
+
+    for found, wanted in zip(*both(qkv, q, k, v, pull), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6 if forced == "plain" else 0, rtol=0)
+    text = jax.jit(jax.grad(lambda x: packed(x).sum())).lower(qkv).as_text()
+    assert forced == "plain" or "concatenate" not in text.split("capibara_attention_backward")[1]
+
+
+def test_vmap_and_scan_are_loops(forced: str):
+    """Also where some arrays are mapped over and others are not, with gradients."""
+    case = Case(2, 70, 70, 2, 1, 16, bias="TS", rotary=True, segments=True)
+    given = inputs(case)
+    q, k, v, pull = given[:4]
     many = jnp.stack([q, 2 * q, -q])
 
-    def call(q):
-        return fast_attention(q, k, v, causal=True)
+    @jax.jit
+    def both(q, bias):
+        out, back = jax.vjp(lambda q, k, bias: call(case, q, k, v, bias, given), q, k, bias)
+        return (out, *back(pull))
 
-    alone = jnp.stack([call(x) for x in many])
-    loop = jax.lax.scan(lambda c, x: (c, call(x)), None, many)[1]
-    if native():
-        np.testing.assert_array_equal(jax.vmap(call)(many), alone)
-        np.testing.assert_array_equal(loop, alone)
-    else:  # XLA sums a larger batch in another order
-        np.testing.assert_allclose(jax.vmap(call)(many), alone, atol=1e-6)
-        np.testing.assert_allclose(loop, alone, atol=1e-6)
+    @jax.jit
+    def mapped(many, bias):
+        twice = jax.vmap(jax.vmap(both, (None, 0)), (0, None))(many, jnp.stack([bias / 2, bias]))
+        loop = jax.lax.scan(lambda c, x: (c, both(x, bias)), None, many)[1]
+        return jax.vmap(both, (0, None))(many, bias), loop, [x[:, 1] for x in twice]
+
+    alone = [jnp.stack(parts) for parts in zip(*(both(x, given.bias) for x in many), strict=True)]
+    atol = 3e-5 if forced == "plain" else 0  # XLA sums a larger batch in another order
+    for found in mapped(many, given.bias):
+        for one, wanted in zip(found, alone, strict=True):
+            np.testing.assert_allclose(one, wanted, atol=atol, rtol=atol)
 
 
-def test_the_second_derivative_is_that_of_the_plain_formula():
+@pytest.mark.parametrize("packed", (False, True))
+def test_the_second_derivative_is_that_of_the_plain_formula(packed: bool):
     """A Hessian-vector product, reverse over reverse, against finite differences of the gradient in float32."""
-    case = Case(1, 12, 12, 2, 1, 8)
-    (q, k, v, pull), _ = inputs(case)
+    case = Case(1, 12, 12, 2, 1, 8, bias="NTS", rotary=True)
+    given = inputs(case)
+    bias = np.where(np.isinf(given.bias), 0, given.bias)
+    start = (jnp.concatenate(given[:3], 2).reshape(1, 12, -1) if packed else given.q, bias)
+    rng = np.random.default_rng(1)
+    along = tuple(jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in start)
 
-    def slope(q):
-        return jax.grad(lambda q: (jnp.tanh(fast_attention(q, k, v, causal=True)) * pull).sum())(q)
+    def loss(x, bias):
+        if packed:
+            out = packed_attention(x, 2, 1, causal=True, bias=bias, rotary=given.angles)
+        else:
+            out = call(case, x, given.k, given.v, bias, given)
+        return (jnp.tanh(out) * given.pull).sum()
 
-    product = jax.jit(jax.grad(lambda q: (slope(q) * pull).sum()))(q)
-    step = 1e-2
-    differences = (slope(q + step * pull) - slope(q - step * pull)) / (2 * step)
-    np.testing.assert_allclose(product, differences, atol=2e-3)
-
-
-def test_a_bias_is_added_to_the_scores():
-    case = Case(1, 9, 9, 2, 2, 8, causal=False)
-    (q, k, v, _), _ = inputs(case)
-    hidden = np.where(np.arange(9) < 4, 0.0, -1e30)
-    np.testing.assert_allclose(
-        fast_attention(q, k, v, bias=hidden), fast_attention(q, k[:, :4], v[:, :4]), atol=2e-6
+    slope = jax.jit(jax.grad(loss, (0, 1)))
+    product = jax.jit(jax.grad(lambda *at: sum((a * b).sum() for a, b in zip(slope(*at), along, strict=True)), (0, 1)))(
+        *start
     )
+    step = 1e-2
+    ahead, behind = (slope(*(x + s * step * a for x, a in zip(start, along, strict=True))) for s in (1, -1))
+    for found, plus, minus in zip(product, ahead, behind, strict=True):
+        np.testing.assert_allclose(found, (plus - minus) / (2 * step), atol=4e-3)
 
 
-def test_a_nan_stays_in_the_rows_that_see_it():
-    case = Case(1, 60, 60, 1, 1, 16)
-    (q, k, v, _), _ = inputs(case)
-    out = np.asarray(fast_attention(q, k.at[0, 40].set(jnp.nan), v, causal=True))
-    assert np.isfinite(out[0, :40]).all() and np.isnan(out[0, 40:]).all()
+@pytest.mark.skipif(not SETS, reason="plain JAX holds the scores")
+def test_a_bias_that_is_not_differentiated_costs_no_gradient():
+    T = 512
+    q = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
+    bias = jax.ShapeDtypeStruct((1, 2, T, T), jnp.float32)
+
+    def loss(q, bias):
+        return fast_attention(q, q, q, bias=bias).sum()
+
+    def temporary(argnums) -> int:
+        program = jax.jit(lambda q, b: sum(x.sum() for x in jax.grad(loss, argnums)(q, b))).lower(q, bias).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary((0,)) < T * T * 4 <= temporary((0, 1))
+
+
+def test_the_angles_of_positions_turn_by_distance():
+    """Scores of turned pairs depend on the difference of positions only, and position 0 turns nothing."""
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
+
+    def score(here: int, there: int):
+        turned = [rotate(z, *rotary_angles(jnp.full((1, 1), p), 16, 1e4)) for z, p in ((x, here), (y, there))]
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(0, 0) == pytest.approx(float((x * y).sum()), abs=1e-5)
+    assert score(13, 4) == pytest.approx(score(109, 100), abs=1e-4)
 
 
 def test_nothing_in_gives_nothing_out():
     q, kv = jnp.zeros((2, 0, 4, 8)), jnp.zeros((2, 0, 2, 8))
     assert fast_attention(q, kv, kv).shape == (2, 0, 4, 8)
     assert not np.asarray(fast_attention(jnp.ones((2, 3, 4, 8)), kv, kv)).any()
+    assert packed_attention(jnp.zeros((0, 3, 32)), 2, 1).shape == (0, 3, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +268,9 @@ def test_nothing_in_gives_nothing_out():
         ({"q": np.ones((1, 4, 2, 8), np.int32)}, "all float32 or all bfloat16"),
         ({"window": 0}, "window is 1 or more"),
         ({"segment_ids": np.ones((1, 3), np.int32)}, "segment_ids are integers of shape"),
+        ({"bias": np.ones((1, 3, 4, 4), np.float32)}, "broadcasts to"),
+        ({"bias": np.ones((4, 4), bool)}, "is of floats"),
+        ({"rotary": np.ones((2, 1, 4, 3), np.float32)}, "rotary is"),
     ),
 )
 def test_what_does_not_fit_is_one_sentence(change: dict, sentence: str):
@@ -185,3 +278,10 @@ def test_what_does_not_fit_is_one_sentence(change: dict, sentence: str):
     q, k, v = (given.pop(name) for name in "qkv")
     with pytest.raises(ConfigError, match=sentence):
         fast_attention(q, k, v, **given)
+
+
+def test_packed_heads_that_do_not_fit_are_one_sentence():
+    with pytest.raises(ConfigError, match="Packed attention needs"):
+        packed_attention(np.ones((1, 4, 31), np.float32), 2, 1)
+    with pytest.raises(ConfigError, match="3 query heads cannot share 2"):
+        packed_attention(np.ones((1, 4, 7 * 8), np.float32), 3, 2)

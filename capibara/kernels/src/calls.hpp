@@ -50,10 +50,31 @@ struct Rounded {
     void* out;
 };
 
-// Arrays are [batch, length, heads, size] with these strides in numbers; the last axis is contiguous.
+// Arrays are [batch, length, heads, size]: batch b begins at number first[b], strides are in numbers, the last axis is
+// contiguous. What all batches share has the same first[b] everywhere. Packed q, k and v are three views of one array.
 struct AttentionArray {
     void* data;
-    int64_t batch, token, head;
+    const int64_t* first;
+    int64_t token, head;
+};
+
+// Added to the scores, [batch, heads, queries, keys]; a stride is 0 where all share. -inf hides the key. data may be null.
+struct AttentionBias {
+    void* data;
+    bool wide;  // float32, whatever the other arrays are
+    const int64_t* first;
+    int64_t head, query, key;
+};
+
+struct AttentionSegments {
+    const int32_t* data;  // [batch, length] or null
+    const int64_t* first;
+};
+
+// Angles of RoPE, [batch, keys, size / 2] or null; a query stands at the key with its position.
+struct AttentionAngles {
+    const float *cos, *sin;
+    const int64_t* first;
 };
 
 struct AttentionShape {
@@ -61,20 +82,28 @@ struct AttentionShape {
     float scale;
     bool causal;             // query t sees key s where s <= t + keys - queries
     int64_t window;          // and s > t + keys - queries - window, where window > 0
-    const int32_t* query_segments;  // [batch, queries] or null: only equal segments see each other
-    const int32_t* key_segments;    // [batch, keys]
+    AttentionSegments query_segments, key_segments;  // only equal segments see each other
+    AttentionBias bias;
+    AttentionAngles angles;
 };
 
 struct AttentionForward {
     AttentionShape shape;
     AttentionArray q, k, v, out;
-    float* partition;  // [batch, heads, queries]: log Σ exp S, +inf for a query that sees nothing
+    float* partition;  // [batch, heads, queries]: log2 Σ exp S, +inf for a query that sees nothing
+};
+
+struct AttentionPartition {
+    const float* data;  // [batch, heads, queries]
+    const int64_t* first;
 };
 
 struct AttentionBackward {
     AttentionShape shape;
     AttentionArray q, k, v, out, grad, dq, dk, dv;
-    const float* partition;
+    AttentionPartition partition;
+    AttentionBias dbias;                       // float32, or null
+    int64_t batches_together, heads_together;  // of one task, in key/value heads: those that share numbers of dbias
 };
 
 // [groups, rows, width] with a scale [width] for each group; a task is `block` rows of one of them, `blocks` a group.

@@ -3,7 +3,7 @@
 // Nothing that other translation units share may be instantiated here (inline functions of the standard library): the
 // linker keeps one copy of those, perhaps the one with instructions that another machine lacks.
 #include "activation.hpp"
-#include "attention.hpp"
+#include "attention_backward.hpp"
 #include "cross_entropy.hpp"
 #include "gram.hpp"
 #include "norm.hpp"

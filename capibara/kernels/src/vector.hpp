@@ -32,6 +32,8 @@ inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 inline Vec all(float x) { return x - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+inline float larger_of(float a, float b) { return a > b ? a : b; }
+
 inline float sum_of(Vec v) {
     float part[W];
     std::memcpy(part, &v, sizeof v);
@@ -64,6 +66,27 @@ inline Vec exponential(Vec x) {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    Vec scale;
+    std::memcpy(&scale, &exponent, sizeof scale);
+    return x < LOWEST ? Vec{} : p * scale;
+}
+
+// 2^x for x < 128, to 1.4 units in the last place: 2^n · p(r) with r in [-1/2, 1/2] and p minimax with p(0) = 1. Below
+// -126, where the result would be denormal, it is 0; NaN stays NaN.
+inline Vec power_of_two(Vec x) {
+    constexpr float LOWEST = -126.0f, ROUND = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
+    Vec safe = x < LOWEST ? all(LOWEST) : x;
+    Vec shifted = safe + ROUND;
+    Vec r = safe - (shifted - ROUND);
+    Vec p = all(0.0013264727f);
+    p = p * r + 0.009671513f;
+    p = p * r + 0.055507336f;
+    p = p * r + 0.24022242f;
+    p = p * r + 0.693147f;
+    p = p * r + 1.0f;
+    IntVec exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    exponent = (exponent + 127) << 23;
     Vec scale;
     std::memcpy(&scale, &exponent, sizeof scale);
     return x < LOWEST ? Vec{} : p * scale;
