@@ -37,7 +37,7 @@ test-plain: .venv/made-test
 		tests/merge tests/consensus/test_row_algebra.py
 
 # PYTHONSAFEPATH keeps the source tree, and its module without checks, off the path, of the tests' subprocesses too.
-# Leaks are Python's own; what Python and XLA do with signals is left to them.
+# Leaks are Python's own; signals are left to Python and XLA; a report ends the process, so pytest must not hold it back.
 sanitize: .venv/made-test
 	@echo '== building the native kernels with checks of every address and operation'
 	@rm -rf $(CHECKED)/tree
@@ -48,7 +48,7 @@ sanitize: .venv/made-test
 		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c 'from capibara.kernels import _native; assert "$(CHECKED)" in _native.__file__, _native.__file__' && \
-	$(BIN)/python $(PYTEST) -p no:cacheprovider -m 'not slow and not peers' tests/kernels
+	$(BIN)/python $(PYTEST) -p no:cacheprovider --capture=sys -m 'not slow and not peers' tests/kernels
 
 check: .venv/made-test .venv/made-check
 	@echo '== ruff'
