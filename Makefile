@@ -5,12 +5,15 @@ BIN := .venv/bin
 PEERS := .venv-peers/bin
 PIP := -m pip install -qq --disable-pip-version-check
 PYTEST := -m pytest --no-header
+CHECKED := build/checked
 
-.PHONY: help demo test fast slow check bench peers test-peers clean
+.PHONY: help demo test fast slow test-plain sanitize check bench peers test-peers clean
 
 help:
 	@echo 'make demo         eight nodes train and vote, two of them lie (about a minute after installation)'
 	@echo 'make test         the fast tests, then the slow ones; `make fast` runs the fast ones only'
+	@echo 'make test-plain   the tests of what has native kernels, without them'
+	@echo 'make sanitize     the tests of the native kernels with every overrun and undefined operation an error; needs g++'
 	@echo 'make check        ruff, pyright, the import order and the documentation'
 	@echo 'make bench        every benchmark, into benchmarks/RESULTS.md; needs `make peers` for the comparisons'
 	@echo 'make peers        an environment with torch, transformers and ByzFL; `make test-peers` runs its tests'
@@ -27,6 +30,25 @@ fast: .venv/made-test
 slow: .venv/made-test
 	@echo '== slow tests ($(JOBS) processes)'
 	@$(BIN)/python $(PYTEST) -n $(JOBS) --dist loadfile --timeout=1200 --durations=10 -m 'slow and not peers'
+
+test-plain: .venv/made-test
+	@echo '== tests without native kernels ($(JOBS) processes)'
+	@CAPIBARA_KERNELS=0 $(BIN)/python $(PYTEST) -n $(JOBS) -m 'not slow and not peers' tests/kernels tests/core tests/engines \
+		tests/merge tests/consensus/test_row_algebra.py
+
+# PYTHONSAFEPATH keeps the source tree, and its module without checks, off the path, of the tests' subprocesses too.
+# Leaks are Python's own; signals are left to Python and XLA; a report ends the process, so pytest must not hold it back.
+sanitize: .venv/made-test
+	@echo '== building the native kernels with checks of every address and operation'
+	@rm -rf $(CHECKED)/tree
+	@CXX=g++ $(BIN)/python $(PIP) --no-deps --target $(CHECKED)/tree --config-settings=build-dir=$(CHECKED)/objects \
+		--config-settings=cmake.define.CAPIBARA_SANITIZE=ON .
+	@echo '== tests of the native kernels with these checks'
+	@export PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(CHECKED)/tree UBSAN_OPTIONS=print_stacktrace=1 \
+		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
+	$(BIN)/python -c 'from capibara.kernels import _native; assert "$(CHECKED)" in _native.__file__, _native.__file__' && \
+	$(BIN)/python $(PYTEST) -p no:cacheprovider --capture=sys -m 'not slow and not peers' tests/kernels
 
 check: .venv/made-test .venv/made-check
 	@echo '== ruff'

@@ -139,7 +139,7 @@ def sorted_mean(
         )
     if steps.size and not 0 <= steps.min() <= steps.max() < len(given):
         raise ConfigError(f"Steps name rows 0 to {len(given) - 1}; got {steps.min()} and {steps.max()}.")
-    steps = np.ascontiguousarray(steps, np.int32)
+    steps = np.require(steps, np.int32, ["C", "A"])
     out = _room(out, given)
     given = _side_by_side(given, np.ones(len(given)))
     found = library()
@@ -243,7 +243,7 @@ def _rows(rows: Any) -> list[np.ndarray]:
 
 
 def _weights(weights: Any, n: int) -> np.ndarray:
-    found = np.ascontiguousarray(weights, np.float64)
+    found = np.require(weights, np.float64, ["C", "A"])
     if found.shape != (n,):
         raise ConfigError(f"{n} rows need {n} weights; got an array of shape {list(found.shape)}.")
     return found

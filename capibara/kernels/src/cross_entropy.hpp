@@ -65,7 +65,13 @@ void cross_entropy_begin(const CrossEntropy& call, int64_t) {
                     columns.at(first, d)[t - first] = t < call.tokens ? to_float(hidden[t * call.width + d]) : 0.0f;
         }
     }
-    if (call.kept) pack(hidden, call.width, 1.0f, along(call));
+    if (call.kept) {
+        Scratch row(call.width);
+        const auto read = [&](int64_t t, float* out) {
+            for (int64_t d = 0; d < call.width; ++d) out[d] = to_float(hidden[t * call.width + d]);
+        };
+        pack(read, row.data, along(call));
+    }
     for (int64_t t = 0; t < call.room; ++t) {
         int64_t target = t < call.tokens ? call.targets[t] : -1 - call.vocabulary;
         if (target < 0) target += call.vocabulary;

@@ -1,4 +1,4 @@
-// Loads from long rows of float32 or bfloat16 at any address, and float64 sums of float vectors.
+// Loads and stores of long rows of float32 or bfloat16 at any address, and float64 sums of float vectors.
 #pragma once
 
 #include "vector.hpp"
@@ -31,6 +31,13 @@ inline T one(const T* row, int64_t k) {
     std::memcpy(&x, reinterpret_cast<const char*>(row) + sizeof(T) * k, sizeof x);
     return x;
 }
+
+template <class T>
+inline void put(T* row, int64_t k, T x) {
+    std::memcpy(reinterpret_cast<char*>(row) + sizeof(T) * k, &x, sizeof x);
+}
+
+inline void put_row(float* row, int64_t k, Vec v) { std::memcpy(reinterpret_cast<char*>(row) + 4 * k, &v, sizeof v); }
 
 template <class T>
 inline double number(const T* row, int64_t k) { return to_float(one(row, k)); }

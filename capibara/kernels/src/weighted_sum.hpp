@@ -33,7 +33,7 @@ void weighted_sum(const capibara::WeightedSum& call, int64_t task) {
     for (; k < last; ++k) {
         double total = 0;
         for (int64_t i = 0; i < call.n; ++i) total += number(static_cast<const T*>(call.rows[i]), k) * call.weights[i];
-        call.out[k] = static_cast<float>(total);
+        put(call.out, k, static_cast<float>(total));
     }
 }
 
@@ -44,11 +44,11 @@ void moved(const capibara::Moved& call, int64_t task) {
     int64_t k = first;
     for (; k + W <= last; k += W) {
         const Vec from = load_row(call.from, k), step = (load_row(to, k) - from) * call.share;
-        store(call.out + k, from + step);
+        put_row(call.out, k, from + step);
     }
     for (; k < last; ++k) {
         const float from = one(call.from, k), step = (to_float(one(to, k)) - from) * call.share;
-        call.out[k] = from + step;
+        put(call.out, k, from + step);
     }
 }
 
