@@ -119,6 +119,7 @@ const Handler* handlers() {
         {"capibara_weighted_sum", reinterpret_cast<void*>(call_weighted_sum)},
         {"capibara_attention_forward", reinterpret_cast<void*>(call_attention_forward)},
         {"capibara_attention_backward", reinterpret_cast<void*>(call_attention_backward)},
+        {"capibara_few_rows", few_rows_function()},
         {nullptr, nullptr},
     };
     return found;

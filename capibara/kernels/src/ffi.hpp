@@ -8,6 +8,8 @@ struct Handler {
     void* function;
 };
 
+void* few_rows_function();    // of ffi_generation.cpp
+
 const Handler* handlers();  // a null name stands behind the last one
 
 }  // namespace capibara

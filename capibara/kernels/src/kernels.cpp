@@ -3,6 +3,7 @@
 // Nothing that other translation units share may be instantiated here (inline functions of the standard library): the
 // linker keeps one copy of those, perhaps the one with instructions that another machine lacks.
 #include "attention.hpp"
+#include "few_rows.hpp"
 #include "gram.hpp"
 #include "peak.hpp"
 #include "rounded.hpp"
@@ -25,6 +26,7 @@ const capibara::Kernels& table() {
         CAPIBARA_BOTH(rounded),
         CAPIBARA_BOTH(attention_forward),
         CAPIBARA_BOTH(attention_backward),
+        {few_rows<float>, few_rows<uint16_t>, few_rows<int8_t>},
     };
     return found;
 }

@@ -6,6 +6,7 @@
 namespace capibara {
 
 enum Dtype { FLOAT32, BFLOAT16, NUM_DTYPES };
+constexpr int INT8 = NUM_DTYPES;  // of weights only
 
 template <class Call>
 struct Kernel {
@@ -22,6 +23,7 @@ struct Kernels {
     Kernel<Rounded> rounded;
     Kernel<AttentionForward> attention_forward;
     Kernel<AttentionBackward> attention_backward;
+    void (*few_rows[INT8 + 1])(const FewRows&, int64_t task);
 };
 
 // The sets that were built and that this machine runs, best first; null behind the last one.
