@@ -82,8 +82,9 @@ def generate(
     padded = np.zeros((ids.shape[0], -(-ids.shape[1] // 16) * 16), np.int32)
     padded[:, : ids.shape[1]] = ids
     out = _generate(
-        state, _int8_of(graph, state) if weights else None, jnp.asarray(padded), ids.shape[1], jax.random.key(seed), np.float32(temperature),
-        np.float32(1.0 if top_p is None else top_p), graph=graph, count=max_new_tokens, size=min(size, limit),
+        state, _int8_of(graph, state) if weights else None, jnp.asarray(padded), ids.shape[1], jax.random.key(seed),
+        np.float32(temperature), np.float32(1.0 if top_p is None else top_p),
+        graph=graph, count=max_new_tokens, size=min(size, limit),
         top_k=top_k or 0, whole=top_k is None and top_p in (None, 1), greedy=temperature == 0,
     )  # fmt: skip
     new = np.asarray(out)
