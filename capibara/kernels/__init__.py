@@ -2,7 +2,8 @@
 
     arrays.py     NumPy arrays and mapped files    ─┐
     jitted.py     inside jit, through XLA's FFI    ─┼─ library.py ─ _native: src/*.hpp once per instruction set
-    attention.py  fast_attention                   ─┘
+    attention.py  fast_attention                   ─┤
+    few_rows.py   generation's products, int8.py   ─┘
     reference.py  what each of them must equal
 
 To add a kernel: a header in src/, its call in `calls.hpp`, a line in `table.hpp` and in `kernels.cpp`, and a handler in
