@@ -160,9 +160,10 @@ def verify(run: Path, expect: str | None, no_replay: bool, as_json: bool) -> Non
     help="Choose among the likeliest tokens that together have probability p.",
 )
 @click.option("--seed", default=0, show_default=True, help="The same seed writes the same text.")
+@click.option("--weights", metavar="KIND", help="int8 reads the weights rounded to 8 bits, which is faster.")
 def generate(
     run: Path, prompt: str, max_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int,
-    as_json: bool,
+    weights: str | None, as_json: bool,
 ) -> None:
     """Write text with the model of a run.
 
@@ -172,7 +173,8 @@ def generate(
     from capibara.training.session import load_model
 
     text = load_model(run).generate(
-        prompt, max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        prompt, max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        weights=weights,
     )
     say(as_json, {"prompt": prompt, "text": text}, f"{prompt}{text}")
 

@@ -14,8 +14,8 @@ import pytest
 from capibara.merge.methods import METHODS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-LONG = {"quality", "merge_quality", "merge_llama"}
-"""Scripts of hours, run on their own."""
+LONG = {"quality", "merge_quality", "merge_llama", "int8_loss"}
+"""Scripts of hours, or of a model and text that are given to them, run on their own."""
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,8 +14,11 @@ from flax import nnx
 
 from capibara.core.layers import rms_norm
 from capibara.core.tokenizer import byte_tokenizer
-from capibara.errors import ConfigError
-from capibara.kernels.matmul import dot
+from capibara.errors import ConfigError, unknown_name
+from capibara.kernels.few_rows import Matrix, product
+from capibara.kernels.int8 import quantize
+
+WEIGHTS = ("int8",)
 
 
 def generate(
@@ -25,6 +30,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    weights: str | None = None,
 ) -> Any:
     """Goes on from a prompt.
 
@@ -36,13 +42,19 @@ def generate(
       top_k: Draws among the k most likely tokens only.
       top_p: Draws among the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020).
       seed: Of the draws.
+      weights: `int8` reads every matrix of the layers and the head in int8, with a scale for each column: fewer bytes
+        a token, and a slightly worse model (docs/kernels.md). The int8 copy is kept while the model's parameters live,
+        that of one model at a time. By default weights are read in the model's dtype.
 
     Returns:
       Text (up to the end of the document) for text; int32[max_new_tokens] or int32[B, max_new_tokens] for ids.
 
     Raises:
-      ConfigError: If the prompt is empty, an id is outside the vocabulary, or the sequence would be too long.
+      ConfigError: If the prompt is empty, an id is outside the vocabulary, the sequence would be too long, or
+        the weights are unknown.
     """
+    if weights not in (None, *WEIGHTS):
+        raise ConfigError(unknown_name("weights", str(weights), WEIGHTS))
     tokenizer = getattr(model, "tokenizer", None) or byte_tokenizer()
     as_text = isinstance(prompt, str)
     ids = np.asarray(tokenizer.encode(prompt) if as_text else prompt, np.int32)
@@ -70,8 +82,9 @@ def generate(
     padded = np.zeros((ids.shape[0], -(-ids.shape[1] // 16) * 16), np.int32)
     padded[:, : ids.shape[1]] = ids
     out = _generate(
-        state, jnp.asarray(padded), ids.shape[1], jax.random.key(seed), np.float32(temperature),
-        np.float32(1.0 if top_p is None else top_p), graph=graph, count=max_new_tokens, size=min(size, limit),
+        state, _int8_of(graph, state) if weights else None, jnp.asarray(padded), ids.shape[1], jax.random.key(seed),
+        np.float32(temperature), np.float32(1.0 if top_p is None else top_p),
+        graph=graph, count=max_new_tokens, size=min(size, limit),
         top_k=top_k or 0, whole=top_k is None and top_p in (None, 1), greedy=temperature == 0,
     )  # fmt: skip
     new = np.asarray(out)
@@ -82,11 +95,15 @@ def generate(
 
 
 @partial(jax.jit, static_argnames=("graph", "count", "size", "top_k", "whole", "greedy"))
-def _generate(state, prompt, length, key, temperature, top_p, *, graph, count, size, top_k, whole, greedy):
+def _generate(state, matrices, prompt, length, key, temperature, top_p, *, graph, count, size, top_k, whole, greedy):
     config = nnx.merge(graph, state).config
     # once, not at every token: the layers would cast their matrices where they use them
     state = jax.tree.map(lambda leaf: leaf.astype(config.dtype) if leaf.ndim > 1 else leaf, state)
     model = nnx.merge(graph, state)
+    blocks, head = matrices or _matrices(model, Matrix)
+    for block, named in zip(model.blocks, blocks, strict=True):
+        for name, matrix in named.items():
+            setattr(block, name, nnx.Param(matrix))
     B, T = prompt.shape
     size = max(size, T)
     empty = jnp.zeros((B, size, config.kv_heads, config.head_size), config.dtype)
@@ -102,7 +119,7 @@ def _generate(state, prompt, length, key, temperature, top_p, *, graph, count, s
         return rms_norm(x, model.norm[...], config.norm_eps), after
 
     def logits_of(x):
-        return dot(x, model._head().astype(x.dtype), (1,), (1,))
+        return product(x, head)
 
     caches = [(empty, empty, 0) for _ in model.blocks]
     x, caches = read(prompt, jnp.broadcast_to(jnp.arange(T), (B, T)), caches)
@@ -121,6 +138,33 @@ def _generate(state, prompt, length, key, temperature, top_p, *, graph, count, s
         return (logits_of(x[:, 0]), caches), token
 
     return jax.lax.scan(step, (logits, caches), jax.random.split(key, count))[1].T
+
+
+def _matrices(model, made: Callable[..., Matrix]) -> tuple[list[dict[str, Matrix]], Matrix]:
+    """Those of each block, by name, and the head."""
+    blocks = [
+        {name: made(getattr(block, name)[...]) for name in getattr(block, "matrices", ())} for block in model.blocks
+    ]
+    return blocks, made(model._head(), by_columns=True)
+
+
+@partial(jax.jit, static_argnames="graph")
+def _quantized(state, *, graph):
+    return _matrices(nnx.merge(graph, state), quantize)
+
+
+def _int8_of(graph, state) -> Any:
+    """Made at a model's first call, and forgotten with one of its parameters or at another model's call."""
+    leaves = jax.tree.leaves(state)
+    kept = _KEPT[0] if _KEPT else None
+    if kept and len(kept[0]) == len(leaves) and all(ref() is leaf for ref, leaf in zip(kept[0], leaves, strict=True)):
+        return kept[1]
+    made = _quantized(state, graph=graph)
+    _KEPT[:] = [([weakref.ref(leaf, lambda _: _KEPT.clear()) for leaf in leaves], made)]
+    return made
+
+
+_KEPT: list[tuple[list[weakref.ref], Any]] = []
 
 
 def _draw(logits, key, top_k, top_p):

@@ -16,6 +16,7 @@ from flax import nnx
 from capibara.kernels.activation import silu as silu
 from capibara.kernels.activation import swiglu
 from capibara.kernels.attention import fast_attention
+from capibara.kernels.few_rows import Matrix, product
 from capibara.kernels.matmul import dot
 from capibara.kernels.norm import residual_rms_norm
 from capibara.kernels.norm import rms_norm as rms_norm
@@ -23,14 +24,18 @@ from capibara.kernels.plain_attention import masked_attention
 from capibara.kernels.rotary import rotary_angles, rotate
 
 
+def linear(x: jax.Array, kernel: jax.Array | Matrix) -> jax.Array:
+    """x[..., D] @ kernel[D, E] → [..., E] in x's dtype, summed in float32; generation gives a `Matrix`."""
+    return product(x, kernel).astype(x.dtype) if isinstance(kernel, Matrix) else _linear(x, kernel)
+
+
 @jax.custom_vjp
-def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x[..., D] @ kernel[D, E] → [..., E] in x's dtype, summed in float32."""
+def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,)).astype(x.dtype)
 
 
 def _linear_forward(x: jax.Array, kernel: jax.Array):
-    return linear(x, kernel), (x, kernel)
+    return _linear(x, kernel), (x, kernel)
 
 
 def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array):
@@ -41,7 +46,7 @@ def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array):
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -80,8 +85,11 @@ class AttentionBlock(nnx.Module):
 
     A block of another kind has the same `__init__(config, rngs)` and `__call__(x, positions, allowed, cache)`, where
     `allowed` is int[B, T] segments (see `attention`) or in generation a mask bool[B, T, S], and `cache` is None, or
-    `(keys, values, length)` of generation; it returns `(x, cache)`.
+    `(keys, values, length)` of generation; it returns `(x, cache)`. In generation the parameters that `matrices` names
+    are `Matrix`, perhaps in int8: those that it hands to `linear` and to nothing else.
     """
+
+    matrices = ("query", "key", "value", "out", "gate", "up", "down")
 
     def __init__(self, config: Any, rngs: nnx.Rngs):
         D, H, N, K = config.width, config.head_size, config.num_heads, config.kv_heads

@@ -5,7 +5,8 @@
     attention.py  fast_attention, packed_attention ─┤
     norm.py       RMSNorm and its residual         ─┤
     activation.py SwiGLU, SiLU, GELU               ─┤
-    cross_entropy.py  a linear head and its loss   ─┘
+    cross_entropy.py  a linear head and its loss   ─┤
+    few_rows.py   generation's products, int8.py   ─┘
     reference.py  what each of them must equal
 
 To add a kernel: a header in src/, its call in `calls.hpp`, a line in `table.hpp` and in `kernels.cpp`, and a handler in

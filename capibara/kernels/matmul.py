@@ -72,7 +72,8 @@ def optimized_matmul(
 
     Args:
       a: [..., M, K], float32 or bfloat16; [..., K, M] where its transpose is taken.
-      b: [K, N] of the same dtype; [N, K] where its transpose is taken.
+      b: [K, N] of the same dtype; [N, K] where its transpose is taken. Or a `Matrix`, int8 perhaps, which says itself
+        how it stands; then nothing is differentiable and a is not transposed.
       transpose: Whether to take a's and b's transpose.
       bias: [N].
       activation: `relu`, `gelu` (tanh form) or `silu`.
@@ -88,21 +89,33 @@ def optimized_matmul(
       >>> optimized_matmul([[1.0, 2.0]], [[3.0], [4.0]], bias=[1.0]).tolist()
       [[12.0]]
     """
-    a, b = jnp.asarray(a), jnp.asarray(b)
+    from capibara.kernels.few_rows import Matrix
+    from capibara.kernels.int8 import int8_matmul
+
+    a = jnp.asarray(a)
+    if isinstance(b, Matrix):
+        if any(transpose):
+            raise ConfigError("A Matrix says itself how it stands, and a is [..., M, K]: leave `transpose` out.")
+        return _finished(int8_matmul(a, b), bias, activation, out_dtype or a.dtype)
+    b = jnp.asarray(b)
     if a.dtype != b.dtype or a.dtype not in (jnp.float32, jnp.bfloat16):
         raise ConfigError(f"a and b are both float32 or both bfloat16; got {a.dtype} and {b.dtype}.")
     if a.ndim < 2 or b.ndim != 2 or a.shape[-2 if transpose[0] else -1] != b.shape[1 if transpose[1] else 0]:
         raise ConfigError(
             f"a [..., M, K] and b [K, N] do not fit: got {a.shape} and {b.shape} with transpose={tuple(transpose)}."
         )
+    found = dot(a, b, (a.ndim - 2 if transpose[0] else a.ndim - 1,), (1 if transpose[1] else 0,))
+    return _finished(found, bias, activation, out_dtype or a.dtype)
+
+
+def _finished(found: jax.Array, bias: Any, activation: str | None, dtype: Any) -> jax.Array:
     if activation is not None and activation not in ACTIVATIONS:
         raise ConfigError(unknown_name("activation", activation, ACTIVATIONS))
-    columns = b.shape[0 if transpose[1] else 1]
+    columns = found.shape[-1]
     if bias is not None and np.shape(bias) != (columns,):
         raise ConfigError(f"bias has one number for each of the {columns} columns; got shape {np.shape(bias)}.")
-    found = dot(a, b, (a.ndim - 2 if transpose[0] else a.ndim - 1,), (1 if transpose[1] else 0,))
     if bias is not None:
         found = found + jnp.asarray(bias, jnp.float32)
     if activation is not None:
         found = ACTIVATIONS[activation](found)
-    return found.astype(out_dtype or a.dtype)
+    return found.astype(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,53 @@ def test_one_candidate_is_the_greedy_choice(model, options):
     )
 
 
+def in_steps(model, dtype):
+    """The model with matrices in whole steps of 2⁻⁷, up to 127 of them in each column: int8 and bfloat16 hold them."""
+
+    def stepped(name, w):
+        if w.ndim < 2:
+            return w
+        steps = np.clip(np.round(np.asarray(w) * 128), -127, 127)
+        one_of_each = steps[:, 0] if name == "embedding" else steps[0]
+        one_of_each[:] = np.where(np.arange(len(one_of_each)) % 2, 127, -127)
+        return steps / np.float32(128)
+
+    found = with_parameters(model, {name: stepped(name, leaf) for name, leaf in parameters(model).items()})
+    found.config = found.config.model_copy(update={"dtype": dtype})
+    for block in found.blocks:
+        block.config = found.config
+    return found
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_int8_weights_write_the_same_text_where_they_hold_the_weights(model, dtype):
+    """Scales are powers of two here: every sum is the same to the last bit."""
+    exact = in_steps(model, dtype)
+    for temperature in (0.0, 20.0):  # large weights make sharp choices: a high one gives other tokens a chance
+        wanted = exact.generate(PROMPT, 12, temperature=temperature)
+        np.testing.assert_array_equal(exact.generate(PROMPT, 12, temperature=temperature, weights="int8"), wanted)
+    assert len(np.unique(wanted)) > 3
+
+
+def test_int8_weights_follow_the_model(model):
+    """The copy that is kept is the one of these parameters."""
+    other = with_parameters(model, {name: leaf[::-1] for name, leaf in parameters(model).items()})
+    first, changed, again = (m.generate(PROMPT, 12, temperature=0, weights="int8") for m in (model, other, model))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, changed)
+
+
+def test_the_int8_copy_lives_as_long_as_the_parameters():
+    model = ModularCapibaraModel(ModelConfig(vocab_size=257, width=16, num_layers=1, num_heads=4), seed=3)
+    model.generate(PROMPT, 2, weights="int8")
+    kept = generate._KEPT[0][1]
+    model.generate(PROMPT, 2, weights="int8")
+    assert generate._KEPT[0][1] is kept
+    del model
+    gc.collect()
+    assert not generate._KEPT
+
+
 draw = jax.jit(_draw, static_argnums=2)
 
 
@@ -122,6 +171,7 @@ def test_text_goes_in_and_comes_out_up_to_the_end_of_the_document(model, monkeyp
         ("abc", {"temperature": -1.0}, "temperature"),
         ("abc", {"top_k": 0}, "top_k"),
         ("abc", {"top_p": 0.0}, "top_p"),
+        ("abc", {"weights": "int4"}, "Unknown weights 'int4'"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(model, prompt, options, message):

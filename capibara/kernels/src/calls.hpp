@@ -155,4 +155,15 @@ struct CrossEntropy {
     void* hidden_out;                     // dH, in the dtype of hidden
 };
 
+// out[rows, columns] = x · w, times `scale` column by column where it is not null; w is [inner, columns], or [columns,
+// inner] by columns.
+struct FewRows {
+    const float* x;  // [rows, inner]
+    const void* w;
+    const float* scale;
+    int64_t rows, inner, columns, block;  // columns of a task
+    bool by_columns;
+    float* out;
+};
+
 }  // namespace capibara

@@ -10,8 +10,4 @@ struct Handler {
 
 const Handler* handlers();  // a null name stands behind the last one
 
-// Of other files than ffi.cpp.
-void* cross_entropy_losses_function();
-void* cross_entropy_gradients_function();
-
 }  // namespace capibara

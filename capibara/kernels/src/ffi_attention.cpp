@@ -2,14 +2,11 @@
 //
 // Arrays may have further axes in front (vmap): an axis is as long as that of the results, or 1 where all share it. So
 // nothing is copied for a map over some of the arrays. Empty k and v: q is packed, [..., T, N + 2 K, H].
-#include "ffi_attention.hpp"
-
 #include <cstring>
 #include <vector>
 
+#include "ffi_dtype.hpp"
 #include "parallel.hpp"
-#include "table.hpp"
-#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
@@ -19,12 +16,6 @@ namespace {
 using Dimensions = ffi::Span<const int64_t>;
 using Ids = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
-
-ffi::Error read_dtype(const ffi::AnyBuffer& array, Dtype* dtype) {
-    if (array.element_type() == ffi::F32) return *dtype = FLOAT32, ffi::Error::Success();
-    if (array.element_type() == ffi::BF16) return *dtype = BFLOAT16, ffi::Error::Success();
-    return ffi::Error::InvalidArgument("The native kernels take float32 or bfloat16.");
-}
 
 // Where each batch begins in an array with the axes `shape`, of which the last `inner` belong to one batch.
 std::vector<int64_t> firsts(Dimensions batches, Dimensions shape, size_t inner) {
@@ -158,14 +149,11 @@ ffi::Error backward(ffi::ThreadPool pool, bool causal, int64_t window, float sca
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("causal").Attr<int64_t>("window").Attr<float>("scale").Attr<int64_t>("kv_heads") \
         .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Ids>().Arg<Ids>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
 
-XLA_FFI_DEFINE_HANDLER(call_forward, forward, CAPIBARA_ATTENTION.Ret<ffi::AnyBuffer>().Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER(call_backward, backward,
-                       CAPIBARA_ATTENTION.Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<Floats>());
-
 }  // namespace
 
-void* attention_forward_call() { return reinterpret_cast<void*>(call_forward); }
-void* attention_backward_call() { return reinterpret_cast<void*>(call_backward); }
+XLA_FFI_DEFINE_HANDLER_SYMBOL(capibara_attention_forward, forward, CAPIBARA_ATTENTION.Ret<ffi::AnyBuffer>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(capibara_attention_backward, backward,
+                       CAPIBARA_ATTENTION.Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<Floats>());
 
 }  // namespace capibara

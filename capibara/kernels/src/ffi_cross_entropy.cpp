@@ -1,5 +1,4 @@
 // The handlers of the cross-entropy of a linear head: chunk after chunk, each in parallel over segments of the vocabulary.
-#include "ffi.hpp"
 #include "parallel.hpp"
 #include "table.hpp"
 #include "xla/ffi/api/ffi.h"
@@ -81,18 +80,15 @@ ffi::Error gradients_handler(ffi::ThreadPool pool, float z_loss, int64_t chunk, 
                to_hidden->untyped_data(), to_head->typed_data(), scratch->typed_data(), static_cast<int64_t>(scratch->element_count()));
 }
 
-#define CAPIBARA_PLAN Attr<int64_t>("chunk").Attr<int64_t>("tile").Attr<int64_t>("segments")
-
-XLA_FFI_DEFINE_HANDLER(call_losses, losses_handler,
-                       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().CAPIBARA_PLAN.Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Integers>()
-                           .Ret<Floats>().Ret<Floats>().Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER(call_gradients, gradients_handler,
-                       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("z_loss").CAPIBARA_PLAN.Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                           .Arg<Integers>().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<ffi::AnyBuffer>().Ret<Floats>().Ret<Floats>());
-
 }  // namespace
 
-void* cross_entropy_losses_function() { return reinterpret_cast<void*>(call_losses); }
-void* cross_entropy_gradients_function() { return reinterpret_cast<void*>(call_gradients); }
+#define CAPIBARA_PLAN Attr<int64_t>("chunk").Attr<int64_t>("tile").Attr<int64_t>("segments")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(capibara_cross_entropy_losses, losses_handler,
+                       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().CAPIBARA_PLAN.Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Integers>()
+                           .Ret<Floats>().Ret<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(capibara_cross_entropy_gradients, gradients_handler,
+                       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("z_loss").CAPIBARA_PLAN.Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                           .Arg<Integers>().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<ffi::AnyBuffer>().Ret<Floats>().Ret<Floats>());
 
 }  // namespace capibara

@@ -1,10 +1,8 @@
 // Handlers of the layers' kernels: norms and activations. Shapes were checked where the program was traced.
 #include <vector>
 
-#include "layer_handlers.hpp"
+#include "ffi_dtype.hpp"
 #include "parallel.hpp"
-#include "table.hpp"
-#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
@@ -21,9 +19,9 @@ constexpr int64_t BLOCK = 1 << 14;                    // numbers of a task of an
 // Runs `call` with the dtype of x, which all arrays but a scale share.
 template <class Call>
 ffi::Error with_dtype(const Array& x, const Call& call) {
-    if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16)
-        return ffi::Error::InvalidArgument("The native kernels take float32 or bfloat16.");
-    call(x.element_type() == ffi::F32 ? FLOAT32 : BFLOAT16);
+    Dtype dtype;
+    if (ffi::Error error = read_dtype(x, &dtype); error.failure()) return error;
+    call(dtype);
     return ffi::Error::Success();
 }
 

@@ -5,6 +5,7 @@
 #include "activation.hpp"
 #include "attention_backward.hpp"
 #include "cross_entropy.hpp"
+#include "few_rows.hpp"
 #include "gram.hpp"
 #include "norm.hpp"
 #include "peak.hpp"
@@ -41,6 +42,7 @@ const capibara::Kernels& table() {
         CAPIBARA_BOTH(cross_entropy_slopes),
         CAPIBARA_BOTH(cross_entropy_end),
         cross_entropy_merge,
+        {few_rows<float>, few_rows<uint16_t>, few_rows<int8_t>},
     };
     return found;
 }

@@ -6,6 +6,7 @@
 namespace capibara {
 
 enum Dtype { FLOAT32, BFLOAT16, NUM_DTYPES };
+constexpr int INT8 = NUM_DTYPES;  // of weights only
 
 template <class Call>
 struct Kernel {
@@ -32,6 +33,7 @@ struct Kernels {
     Kernel<Activation> swiglu_backward;
     Kernel<CrossEntropy> cross_entropy_begin, cross_entropy_scores, cross_entropy_slopes, cross_entropy_end;
     void (*cross_entropy_merge)(const CrossEntropy&, int64_t task);
+    void (*few_rows[INT8 + 1])(const FewRows&, int64_t task);
 };
 
 // The sets that were built and that this machine runs, best first; null behind the last one.
