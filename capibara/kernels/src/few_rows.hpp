@@ -9,6 +9,7 @@
 #pragma once
 
 #include "calls.hpp"
+#include "panels.hpp"
 #include "rows.hpp"
 
 #if defined(__AVX2__)
@@ -23,7 +24,7 @@ namespace CAPIBARA_ISA {
 constexpr int FEW = 4;                      // rows at a time, and the most that do without a widened block
 constexpr int DOTS = W == 16 ? 4 : 2;       // columns at a time of a matrix by columns
 constexpr int64_t DEEP = 64, LONG = 1024;   // of a widened block: DEEP rows of a panel, or DOTS columns of at most LONG
-constexpr int64_t ROWS_AHEAD = 16;               // rows that are fetched early
+constexpr int64_t ROWS_AHEAD = 16;          // rows that are fetched early
 
 // GCC 12 widens vectors piece by piece, at a third of the speed: here alone an instruction is named.
 inline Vec widened(const float* row, int64_t k) { return load_row(row, k); }
@@ -89,17 +90,23 @@ inline void few_panel(const capibara::FewRows& call, const T* w, int64_t n) {
         case 3: return few_tile<3, VECTORS>(depth, call.x, depth, w, columns, out, columns, false);
         case 4: return few_tile<4, VECTORS>(depth, call.x, depth, w, columns, out, columns, false);
     }
-    float block[DEEP * VECTORS * W];
-    for (int64_t k = 0; k < depth; k += DEEP) {
-        const int64_t deep = depth - k < DEEP ? depth - k : DEEP;
-        for (int64_t row = 0; row < deep; ++row)
+    if constexpr (VECTORS <= NV) {  // a wider panel is for one row alone
+        float block[DEEP * VECTORS * W];
+        for (int64_t k = 0; k < depth; k += DEEP) {
+            const int64_t deep = depth - k < DEEP ? depth - k : DEEP;
+            for (int64_t row = 0; row < deep; ++row) {
+                const T* from = w + (k + row) * columns;
 #pragma GCC unroll 8
-            for (int j = 0; j < VECTORS; ++j) store(block + (row * VECTORS + j) * W, widened(w + (k + row) * columns, j * W));
-        int64_t m = 0;
-        for (; m + FEW <= call.rows; m += FEW)
-            few_tile<FEW, VECTORS>(deep, call.x + m * depth + k, depth, block, VECTORS * W, out + m * columns, columns, k > 0);
-        for (; m < call.rows; ++m)
-            few_tile<1, VECTORS>(deep, call.x + m * depth + k, depth, block, VECTORS * W, out + m * columns, columns, k > 0);
+                for (size_t byte = 0; byte < VECTORS * W * sizeof(T); byte += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(from + DEEP * columns) + byte, 0, 2);
+#pragma GCC unroll 8
+                for (int j = 0; j < VECTORS; ++j) store(block + (row * VECTORS + j) * W, widened(from, j * W));
+            }
+            for (int64_t m = 0; m < call.rows; m += MR) {
+                const int64_t rows = call.rows - m < MR ? call.rows - m : MR;
+                PRODUCTS[rows - 1][VECTORS - 1](deep, call.x + m * depth + k, depth, 1, block, VECTORS * W, out + m * columns, columns, k > 0);
+            }
+        }
     }
 }
 
