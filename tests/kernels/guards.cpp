@@ -1,130 +1,17 @@
 // A program of the kernels of one instruction set alone: every array ends or begins at a page that may not be touched,
 // so that a step too far ends the process, and results are compared with plain formulas in double. No Python: it runs
 // under the sanitizers and, built for another processor, under its emulator. Prints how many cases passed.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <vector>
 
-#include "attention.hpp"
 #include "gram.hpp"
+#include "guards_attention.hpp"
+#include "guards_layers.hpp"
+#include "guards_products.hpp"
 #include "rounded.hpp"
 #include "sorted_mean.hpp"
 #include "weighted_sum.hpp"
 
-using namespace CAPIBARA_ISA;
-using capibara::AttentionArray;
-using capibara::AttentionShape;
-
-namespace {
-
-std::mt19937 generator(7);
-
-int64_t drawn(int64_t low, int64_t high) { return low + static_cast<int64_t>(generator() % static_cast<uint32_t>(high - low + 1)); }
-
-void require(bool holds, const char* claim) {
-    if (!holds) std::fprintf(stderr, "not true: %s\n", claim), std::exit(1);
-}
-
-// Numbers between two forbidden pages: behind the last of them directly, or (`first`) before the first.
-template <class T>
-struct Guarded {
-    Guarded(int64_t length, bool first) : count(length), page(sysconf(_SC_PAGESIZE)) {
-        const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), used = (bytes + page - 1) / page * page;
-        whole = used + 2 * page;
-        memory = static_cast<char*>(mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        require(memory != MAP_FAILED, "the system gives memory");
-        mprotect(memory, page, PROT_NONE);
-        mprotect(memory + page + used, page, PROT_NONE);
-        data = reinterpret_cast<T*>(memory + page + (first ? 0 : used - bytes));
-        std::normal_distribution<float> normal;
-        for (int64_t i = 0; i < count; ++i) from_any(normal(generator), data + i);
-    }
-    Guarded(const Guarded&) = delete;
-    ~Guarded() { munmap(memory, whole); }
-    static void from_any(float x, double* out) { *out = x; }
-    static void from_any(float x, int32_t* out) { *out = static_cast<int32_t>(x); }
-    template <class Number>
-    static void from_any(float x, Number* out) { from_float(x, out); }
-    double operator[](int64_t i) const { return to_float(data[i]); }
-
-    int64_t count, page, whole;
-    char* memory;
-    T* data;
-};
-
-template <class T>
-constexpr double LOOSE = sizeof(T) == 2 ? 4e-2 : 1e-4;  // the outputs' rounding; sums of float32
-
-template <class T>
-void compare(const Guarded<T>& found, const std::vector<double>& wanted, const char* claim) {
-    for (int64_t i = 0; i < found.count; ++i)
-        if (!(std::fabs(found[i] - wanted[i]) <= LOOSE<T> * (1 + std::fabs(wanted[i])))) {
-            std::fprintf(stderr, "%ld of %ld: %g instead of %g\n", static_cast<long>(i), static_cast<long>(found.count), found[i], wanted[i]);
-            require(false, claim);
-        }
-}
-
-template <class T>
-void attention(bool first) {
-    const int64_t B = drawn(1, 2), K = drawn(1, 2), N = K * drawn(1, 3), D = drawn(1, 9) == 1 ? 130 : drawn(1, 70);
-    const int64_t edges[] = {drawn(1, 20), 47, 48, 49, 255, 256, 257, drawn(1, 300)};
-    const int64_t Tq = edges[drawn(0, 7)], S = drawn(0, 1) ? Tq : edges[drawn(0, 7)];
-    const bool causal = drawn(0, 1), segmented = drawn(0, 1);
-    const int64_t window = drawn(0, 2) ? 0 : drawn(1, 300);
-    Guarded<T> q(B * Tq * N * D, first), k(B * S * K * D, first), v(B * S * K * D, first), out(B * Tq * N * D, first);
-    Guarded<T> grad(B * Tq * N * D, first), dq(B * Tq * N * D, first), dk(B * S * K * D, first), dv(B * S * K * D, first);
-    Guarded<float> partition(B * N * Tq, first);
-    Guarded<int32_t> q_ids(B * Tq, first), k_ids(B * S, first);
-    const float scale = 1 / std::sqrt(static_cast<float>(D));
-    const AttentionShape shape{B, Tq, S, N, K, D, scale, causal, window, segmented ? q_ids.data : nullptr, segmented ? k_ids.data : nullptr};
-    const auto of = [&](Guarded<T>& x, int64_t length, int64_t heads) { return AttentionArray{x.data, length * heads * D, heads * D, D}; };
-    const capibara::AttentionForward forward{shape, of(q, Tq, N), of(k, S, K), of(v, S, K), of(out, Tq, N), partition.data};
-    for (int64_t task = 0; task < B * N; ++task) attention_forward<T>(forward, task);
-
-    std::vector<double> o(B * Tq * N * D), to_q(o.size()), to_k(B * S * K * D), to_v(to_k.size()), share(S);
-    for (int64_t b = 0; b < B; ++b)
-        for (int64_t h = 0; h < N; ++h)
-            for (int64_t t = 0; t < Tq; ++t) {
-                const int64_t row = ((b * Tq + t) * N + h) * D, here = t + S - Tq;
-                const auto key = [&](int64_t s) { return ((b * S + s) * K + h / (N / K)) * D; };
-                double highest = -INFINITY, total = 0, delta = 0;
-                for (int64_t s = 0; s < S; ++s) {
-                    const bool seen = (!causal || s <= here) && (!window || s > here - window) &&
-                                      (!segmented || q_ids.data[b * Tq + t] == k_ids.data[b * S + s]);
-                    double score = 0;
-                    for (int64_t d = 0; d < D; ++d) score += q[row + d] * k[key(s) + d];
-                    share[s] = seen ? score * scale : -INFINITY;
-                    highest = std::max(highest, share[s]);
-                }
-                for (double& x : share) total += x = x == -INFINITY ? 0 : std::exp(x - highest);
-                for (int64_t s = 0; s < S && total > 0; ++s)
-                    for (int64_t d = 0; d < D; ++d) o[row + d] += share[s] / total * v[key(s) + d];
-                for (int64_t d = 0; d < D; ++d) delta += o[row + d] * grad[row + d];
-                for (int64_t s = 0; s < S && total > 0; ++s) {
-                    const double p = share[s] / total;
-                    double slope = -delta;
-                    for (int64_t d = 0; d < D; ++d) slope += grad[row + d] * v[key(s) + d];
-                    for (int64_t d = 0; d < D; ++d) {
-                        to_q[row + d] += p * slope * scale * k[key(s) + d];
-                        to_k[key(s) + d] += p * slope * scale * q[row + d];
-                        to_v[key(s) + d] += p * grad[row + d];
-                    }
-                }
-            }
-    compare(out, o, "attention is the formula");
-    const capibara::AttentionBackward backward{shape, of(q, Tq, N), of(k, S, K), of(v, S, K), of(out, Tq, N), of(grad, Tq, N),
-                                               of(dq, Tq, N), of(dk, S, K), of(dv, S, K), partition.data};
-    for (int64_t task = 0; task < B * K; ++task) attention_backward<T>(backward, task);
-    compare(dq, to_q, "the gradient of the queries is the formula");
-    compare(dk, to_k, "the gradient of the keys is the formula");
-    compare(dv, to_v, "the gradient of the values is the formula");
-}
+namespace guards {
 
 template <class T>
 void rows_of_one_length(bool first) {
@@ -186,13 +73,19 @@ void rows_of_one_length(bool first) {
     for (Guarded<T>* row : rows) delete row;
 }
 
-}  // namespace
+}  // namespace guards
 
 int main(int given, char** words) {
+    using namespace guards;
+    void (*const cases[])(bool) = {
+        attention<float>, attention<uint16_t>, rows_of_one_length<float>, rows_of_one_length<uint16_t>,
+        norms<float>, norms<uint16_t>, activations<float>, activations<uint16_t>,
+        cross_entropy<float, float>, cross_entropy<float, uint16_t>, cross_entropy<uint16_t, float>, cross_entropy<uint16_t, uint16_t>,
+        products_of_few_rows<float>, products_of_few_rows<uint16_t>, products_of_few_rows<int8_t>,
+    };
     const int64_t rounds = given > 1 ? std::atoll(words[1]) : 60;
-    for (int64_t round = 0; round < rounds; ++round) {
-        attention<float>(round % 2), attention<uint16_t>(round % 2);
-        rows_of_one_length<float>(round % 2), rows_of_one_length<uint16_t>(round % 2);
-    }
-    std::printf("%ld cases passed\n", static_cast<long>(4 * rounds));
+    int64_t passed = 0;
+    for (int64_t round = 0; round < rounds; ++round)
+        for (const auto run : cases) run(round % 2), ++passed;
+    std::printf("%ld cases passed\n", static_cast<long>(passed));
 }

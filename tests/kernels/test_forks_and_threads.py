@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 
-import jax
 import numpy as np
 import pytest
-from test_attention import Case, both_ways, inputs
+from attention_cases import Case, inputs
+from test_attention import compiled
 
 FORKS = """
 import multiprocessing, os, signal
@@ -63,9 +63,9 @@ def test_a_forked_child_gets_the_same_bits():
 def test_two_threads_may_attend_at_once():
     """Forward and backward, each with more heads than threads: the bits are those of one alone."""
     runs = []
-    for case in (Case(2, 130, 130, 4, 2, 32), Case(2, 130, 131, 4, 2, 32)):
-        arrays, _ = inputs(case)
-        runs.append((jax.jit(lambda *arrays, case=case: both_ways(case, arrays, None)), arrays))
+    for case in (Case(2, 130, 130, 4, 2, 32, bias="NTS"), Case(2, 130, 131, 4, 2, 32, rotary=True)):
+        given = inputs(case)
+        runs.append((compiled(case, "float32", native=True), (*given[:4], given.bias)))
     wanted = [[np.asarray(x) for x in run(*arrays)] for run, arrays in runs]
     start, right = threading.Barrier(len(runs)), []
 

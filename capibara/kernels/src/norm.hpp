@@ -36,8 +36,8 @@ void rms_norm_forward(const capibara::NormForward& call, int64_t task) {
     const NormTask rows(shape, task);
     for (int64_t i = rows.first; i < rows.last; ++i) {
         const T* x = static_cast<const T*>(call.x) + i * width;
-        const T* residual = static_cast<const T*>(call.residual) + i * width;
-        T *sum = static_cast<T*>(call.sum) + i * width, *out = static_cast<T*>(call.out) + i * width;
+        const T* residual = call.residual ? static_cast<const T*>(call.residual) + i * width : nullptr;
+        T *sum = call.residual ? static_cast<T*>(call.sum) + i * width : nullptr, *out = static_cast<T*>(call.out) + i * width;
         Vec squares{};
         if (call.residual) {
             along(width, [&](int64_t k, auto lanes) {
@@ -66,7 +66,7 @@ void rms_norm_backward(const capibara::NormBackward& call, int64_t task) {
     along(width, [&](int64_t k, auto lanes) { lanes.write(to_scale, k, Vec{}); });
     for (int64_t i = rows.first; i < rows.last; ++i) {
         const T *s = static_cast<const T*>(call.s) + i * width, *grad = static_cast<const T*>(call.grad) + i * width;
-        const T* beside = static_cast<const T*>(call.beside) + i * width;
+        const T* beside = call.beside ? static_cast<const T*>(call.beside) + i * width : nullptr;
         T* to_s = static_cast<T*>(call.to_s) + i * width;
         Vec squares{}, products{};
         along(width, [&](int64_t k, auto lanes) {
