@@ -48,7 +48,7 @@ sanitize: .venv/made-test
 		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c 'from capibara.kernels import _native; assert "$(CHECKED)" in _native.__file__, _native.__file__' && \
-	$(BIN)/python $(PYTEST) -p no:cacheprovider --capture=sys -m 'not slow and not peers' tests/kernels
+	$(BIN)/python $(PYTEST) -n $(JOBS) -p no:cacheprovider --capture=sys -m 'not slow and not peers' tests/kernels
 
 check: .venv/made-test .venv/made-check
 	@echo '== ruff'
