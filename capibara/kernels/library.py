@@ -17,7 +17,7 @@ from capibara.errors import ConfigError, unknown_name
 
 VARIABLE = "CAPIBARA_KERNELS"
 MODULE = "capibara.kernels._native"
-COST = "attention takes about 3 to 5 times as long and memory that grows with the square of the length"
+COST = "attention takes several times as long, and memory that grows with the square of the length"
 
 _LOCK = threading.RLock()
 
