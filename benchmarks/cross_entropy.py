@@ -88,8 +88,7 @@ def by_jax(
     import jax
     import jax.numpy as jnp
 
-    from capibara.core.loss import AUTOMATIC_LIMIT, CHUNK_LOGITS
-    from capibara.kernels.cross_entropy import cross_entropy, plain_losses
+    from capibara.kernels.cross_entropy import FEW_LOGITS, cross_entropy, plain_losses
 
     given = jnp.asarray(hidden, dtype), jnp.asarray(head, dtype)
     places, weights = jnp.asarray(targets, jnp.int32), jnp.full(TOKENS, 1 / TOKENS)
@@ -97,9 +96,9 @@ def by_jax(
     def loss(hidden, head):
         if kernel:
             return cross_entropy(hidden, head, places, weights)
-        if TOKENS * len(head) <= AUTOMATIC_LIMIT:
+        if TOKENS * len(head) <= FEW_LOGITS:
             return plain_losses(hidden, head, places)[0] @ weights
-        return cross_entropy(hidden, head, places, weights, chunk=CHUNK_LOGITS // len(head), kernel=False)
+        return cross_entropy(hidden, head, places, weights, kernel=False)
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*given).compile()
     memory = compiled.memory_analysis()

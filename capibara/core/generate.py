@@ -156,15 +156,18 @@ def _quantized(state, *, graph):
 def _int8_of(graph, state) -> Any:
     """Made at a model's first call, and forgotten with one of its parameters or at another model's call."""
     leaves = jax.tree.leaves(state)
-    kept = _KEPT[0] if _KEPT else None
-    if kept and len(kept[0]) == len(leaves) and all(ref() is leaf for ref, leaf in zip(kept[0], leaves, strict=True)):
-        return kept[1]
+    kept = next(iter(_KEPT), None)
+    if kept and kept[0] == graph and len(kept[1]) == len(leaves):
+        if all(ref() is leaf for ref, leaf in zip(kept[1], leaves, strict=True)):
+            return kept[2]
     made = _quantized(state, graph=graph)
-    _KEPT[:] = [([weakref.ref(leaf, lambda _: _KEPT.clear()) for leaf in leaves], made)]
+    _KEPT.clear()
+    if all(isinstance(leaf, jax.Array) for leaf in leaves):  # NumPy's may be written over
+        _KEPT.append((graph, [weakref.ref(leaf, lambda _: _KEPT.clear()) for leaf in leaves], made))
     return made
 
 
-_KEPT: list[tuple[list[weakref.ref], Any]] = []
+_KEPT: list[tuple[Any, list[weakref.ref], Any]] = []
 
 
 def _draw(logits, key, top_k, top_p):

@@ -10,12 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from capibara.kernels.cross_entropy import cross_entropy, is_faster, plain_losses, token_losses
-
-AUTOMATIC_LIMIT = 2**23
-"""Numbers of logits above which the loss goes by chunks in plain JAX: 32 MB in float32."""
-
-CHUNK_LOGITS = 2**22
+from capibara.kernels.cross_entropy import FEW_LOGITS, cross_entropy, is_faster, plain_losses, token_losses
 
 
 def head_losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -42,9 +37,7 @@ def head_loss(
     counted = mask.astype(jnp.float32)
     weights = counted / jnp.maximum(counted.sum(), 1.0)
     kernel = is_faster(hidden.dtype, M, V)
-    if not kernel:
-        if chunk == 0 and M * V <= AUTOMATIC_LIMIT:
-            losses, partition = plain_losses(hidden, head, targets)
-            return losses @ weights + z_loss * ((partition**2) @ weights)
-        chunk = chunk or max(CHUNK_LOGITS // V, 64)
+    if not kernel and chunk == 0 and M * V <= FEW_LOGITS:
+        losses, partition = plain_losses(hidden, head, targets)
+        return losses @ weights + z_loss * ((partition**2) @ weights)
     return cross_entropy(hidden, head, targets, weights, z_loss=z_loss, chunk=chunk, kernel=kernel)

@@ -29,6 +29,11 @@ LARGEST_TILE, SMALLEST_TILE = 96, 48
 SEGMENTS = 16
 """Most parts of the vocabulary that threads share out; each has its own sum of hidden gradients."""
 
+FEW_LOGITS = 2**23
+"""Above them plain JAX goes by chunks: 32 MB in float32."""
+
+CHUNK_LOGITS = 2**22
+
 FEWEST_TOKENS, SMALLEST_VOCABULARY = 16, 1024
 """Below them plain JAX is as fast: with 256 bytes, the three products are all there is to do."""
 
@@ -104,18 +109,20 @@ def cross_entropy(
     Args:
       hidden: [M, D], float32 or bfloat16.
       head: [V, D]; rounded to the dtype of `hidden`.
-      targets: int32[M]; the loss of one outside of the vocabulary is NaN.
-      weights: float32[M]; constants.
+      targets: int[M]; the loss of one outside of the vocabulary is NaN.
+      weights: [M]; constants.
       z_loss: Coefficient of the squared log-partition.
-      chunk: Tokens at once; 0 chooses equal chunks of at most CHUNK.
+      chunk: Tokens at once; 0 chooses: equal chunks of at most CHUNK in the kernel, in plain JAX all at once where the
+        logits are few.
       kernel: Whether a CPU runs the native kernel, where there is one.
     """
+    targets, weights = targets.astype(jnp.int32), weights.astype(jnp.float32)
     return _total(hidden, head, targets, weights, Way(float(z_loss), chunk, kernel and _fits(hidden, head)))
 
 
 def token_losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Loss and log-partition float32[M] of every token; with gradients plain JAX, which keeps all logits."""
-    return _losses(hidden, head, targets)
+    return _losses(hidden, head, targets.astype(jnp.int32))
 
 
 def plain_losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,14 +135,14 @@ def plain_losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tupl
 def _losses_primal(hidden, head, targets):
     if not _fits(hidden, head):
         return plain_losses(hidden, head, targets)
+    return jax.lax.platform_dependent(hidden, head, targets, cpu=_kernel_losses, default=plain_losses)
 
-    def kernel(hidden, head, targets):
-        cut = plan(len(hidden), hidden.shape[1], len(head))
-        rows = jax.ShapeDtypeStruct((len(hidden),), jnp.float32)
-        call = _call("capibara_cross_entropy_losses", (rows, rows, _scratch(cut.forward)), cut)
-        return tuple(call(hidden, head, targets)[:2])
 
-    return jax.lax.platform_dependent(hidden, head, targets, cpu=kernel, default=plain_losses)
+def _kernel_losses(hidden, head, targets):
+    cut = plan(len(hidden), hidden.shape[1], len(head))
+    rows = jax.ShapeDtypeStruct((len(hidden),), jnp.float32)
+    call = _call("capibara_cross_entropy_losses", (rows, rows, _scratch(cut.forward)), cut)
+    return tuple(call(hidden, head, targets)[:2])
 
 
 def _losses_forward(hidden, head, targets):
@@ -152,16 +159,14 @@ def _weighed(losses, partition, weights, z_loss):
 
 
 def _total_primal(hidden, head, targets, weights, way):
-    if way.kernel:
-        losses, partition = _losses(hidden, head, targets)
-        return _weighed(losses, partition, weights, way.z_loss)
+    plain = partial(_plain_total, way=way)
+    if not way.kernel:
+        return plain(hidden, head, targets, weights)
 
-    def add(total, part):
-        h, t, w = part
-        losses, partition = plain_losses(h, head, t)
-        return total + _weighed(losses, partition, w, way.z_loss), None
+    def kernel(hidden, head, targets, weights):
+        return _weighed(*_kernel_losses(hidden, head, targets), weights, way.z_loss)
 
-    return jax.lax.scan(add, jnp.zeros(()), _parts(way.chunk, hidden, targets, weights))[0]
+    return jax.lax.platform_dependent(hidden, head, targets, weights, cpu=kernel, default=plain)
 
 
 def _total_forward(hidden, head, targets, weights, way):
@@ -170,8 +175,8 @@ def _total_forward(hidden, head, targets, weights, way):
 
 
 def _total_backward(way, saved, grad):
-    to_hidden, to_head = saved
-    return to_hidden * grad.astype(to_hidden.dtype), to_head * grad.astype(to_head.dtype), None, None
+    to_hidden, to_head = ((slope.astype(grad.dtype) * grad).astype(slope.dtype) for slope in saved)
+    return to_hidden, to_head, None, None
 
 
 _total: Any = jax.custom_vjp(_total_primal, nondiff_argnums=(4,))
@@ -209,6 +214,14 @@ _both: Any = jax.custom_vjp(_both_primal, nondiff_argnums=(4,))
 _both.defvjp(_both_forward, _both_backward)
 
 
+def _plain_total(hidden, head, targets, weights, way):
+    def add(total, part):
+        h, t, w = part
+        return total + _weighed(*plain_losses(h, head, t), w, way.z_loss), None
+
+    return jax.lax.scan(add, jnp.zeros(()), _parts(way.chunk, len(head), hidden, targets, weights))[0]
+
+
 def _plain_both(hidden, head, targets, weights, way):
     def add(carry, part):
         total, to_head = carry
@@ -225,13 +238,14 @@ def _plain_both(hidden, head, targets, weights, way):
         return (total, to_head), to_h.astype(h.dtype)
 
     start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
-    (total, to_head), to_hidden = jax.lax.scan(add, start, _parts(way.chunk, hidden, targets, weights))
+    (total, to_head), to_hidden = jax.lax.scan(add, start, _parts(way.chunk, len(head), hidden, targets, weights))
     return total, to_hidden.reshape(-1, hidden.shape[1])[: len(hidden)], to_head.astype(head.dtype)
 
 
-def _parts(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _parts(chunk: int, vocabulary: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """In chunks, the last filled with zeros: its weights are 0."""
-    chunk = chunk or _equal(len(arrays[0]))
+    tokens = max(1, len(arrays[0]))
+    chunk = chunk or (tokens if tokens * vocabulary <= FEW_LOGITS else max(CHUNK_LOGITS // vocabulary, 64))
     filled = (jnp.pad(a, ((0, -len(a) % chunk), *((0, 0),) * (a.ndim - 1))) for a in arrays)
     return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in filled)
 

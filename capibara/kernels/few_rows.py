@@ -54,7 +54,9 @@ jax.tree_util.register_dataclass(Matrix, data_fields=["values", "scales"], meta_
 
 
 def product(x: jax.Array, matrix: Matrix) -> jax.Array:
-    """x · matrix, summed in float32; a row's sums do not depend on the other rows, nor on the number of threads.
+    """x · matrix, summed in float32.
+
+    A row's sums depend neither on the number of threads nor, up to `MOST_ROWS`, on the other rows.
 
     Cost: one pass over the matrix for up to `MOST_ROWS` rows. Not differentiable.
 
@@ -83,7 +85,7 @@ def _native(x: jax.Array, matrix: Matrix) -> jax.Array:
 
 
 def _plain(x: jax.Array, matrix: Matrix) -> jax.Array:
-    """int8 is widened to float32: exact, and x is not rounded."""
-    wide = jnp.float32 if matrix.values.dtype == jnp.int8 else x.dtype
+    """In the wider of both dtypes, int8 in float32: neither is rounded."""
+    wide = jnp.float32 if matrix.values.dtype == jnp.int8 else jnp.promote_types(x.dtype, matrix.values.dtype)
     found = dot(x.astype(wide), matrix.values.astype(wide), (x.ndim - 1,), (1 if matrix.by_columns else 0,))
     return found if matrix.scales is None else found * matrix.scales

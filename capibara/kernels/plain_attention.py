@@ -88,7 +88,7 @@ def masked_attention(
     """Plain attention under any mask: `allowed` is bool and broadcasts to [B, N, T, S], as does a bias of the scores.
 
     The N/K query heads of a group stand below each other, so that keys and values are never repeated and each product
-    is one batched dot. Scores and softmax in float32. A row without a True gives the mean of the values.
+    is one batched dot. Scores and softmax in float32. A row without a True gives zeros.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
@@ -102,9 +102,11 @@ def masked_attention(
     scores = _batched(stacked, keys, 2).reshape(B, K, N // K, T, S) * (H**-0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + grouped(bias).astype(jnp.float32)
-    scores = jnp.where(grouped(allowed), scores, -1e30)
-    shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    weights = (shares / shares.sum(-1, keepdims=True)).astype(v.dtype)
+    scores = jnp.where(grouped(allowed), scores, -jnp.inf)  # no bias is lower
+    highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    shares = jnp.exp(scores - jnp.where(highest == -jnp.inf, 0, highest))
+    total = shares.sum(-1, keepdims=True)
+    weights = (shares / jnp.where(total == 0, 1, total)).astype(v.dtype)
     mixed = _batched(weights.reshape(B * K, N // K * T, S), values, 1).astype(v.dtype)
     return mixed.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

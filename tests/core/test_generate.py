@@ -118,12 +118,22 @@ def test_int8_weights_follow_the_model(model):
 def test_the_int8_copy_lives_as_long_as_the_parameters():
     model = ModularCapibaraModel(ModelConfig(vocab_size=257, width=16, num_layers=1, num_heads=4), seed=3)
     model.generate(PROMPT, 2, weights="int8")
-    kept = generate._KEPT[0][1]
+    kept = generate._KEPT[0][2]
     model.generate(PROMPT, 2, weights="int8")
-    assert generate._KEPT[0][1] is kept
+    assert generate._KEPT[0][2] is kept
     del model
     gc.collect()
     assert not generate._KEPT
+
+
+def test_parameters_that_may_be_written_over_leave_no_int8_copy(model):
+    graph, state = nnx.split(model)
+    state = jax.tree.map(np.array, state)
+    before = generate._int8_of(graph, state)[1].values
+    assert not generate._KEPT
+    for leaf in jax.tree.leaves(state):
+        leaf *= -1
+    np.testing.assert_array_equal(generate._int8_of(graph, state)[1].values, -before)
 
 
 draw = jax.jit(_draw, static_argnums=2)

@@ -45,7 +45,7 @@ struct Wide {
         const int64_t half = size / 2;
         each([&](int64_t b, int64_t t, int64_t, double* x) {
             for (int64_t d = 0; d < half; ++d) {
-                const int64_t at = angles.first[b] + (t + offset) * half + d;
+                const int64_t at = angles.cos_first[b] + (t + offset) * half + d;
                 const double p = x[d], q = x[half + d], c = angles.cos[at], s = sign * angles.sin[at];
                 x[d] = p * c - q * s, x[half + d] = q * c + p * s;
             }
@@ -98,7 +98,7 @@ void attention(bool before) {
     if (biased) shape.bias = strides;
     const bool turned = D % 2 == 0 && Tq <= S && drawn(0, 1), one_turn = drawn(0, 1);
     Guarded<float> cos(turned ? (one_turn ? 1 : B) * S * (D / 2) : 0, before), sin(cos.count, before);
-    if (turned) shape.angles = {cos.data, sin.data, at_angles.data()};
+    if (turned) shape.angles = {cos.data, sin.data, at_angles.data(), at_angles.data()};
     for (int64_t b = 0; b < B; ++b) {
         at_partition[b] = b * N * Tq, at_q_ids[b] = b * Tq, at_k_ids[b] = b * S;
         at_bias[b] = b_axis > 1 ? b * n_axis * t_axis * s_axis : 0, at_angles[b] = one_turn ? 0 : b * S * (D / 2);

@@ -197,6 +197,40 @@ def test_vmap_and_scan_are_loops(forced: str):
             np.testing.assert_allclose(one, wanted, atol=atol, rtol=atol)
 
 
+MAPPED = [axes for axes in np.ndindex(2, 2, 2, 2, 2, 2) if any(axes)][::7]
+
+
+@pytest.mark.parametrize("axes", MAPPED, ids=str)
+def test_vmap_may_map_over_any_of_the_arrays(axes: tuple[int, ...]):
+    """q, k, v, cos, sin and bias, each mapped or shared, with the gradients of the first three."""
+    given = inputs(Case(2, 9, 9, 2, 1, 8, bias="TS", rotary=True))
+    arrays = [jnp.asarray(x) for x in (*given[:3], *given.angles, given.bias)]
+    stacked = [jnp.stack([x, x[::-1], 0.5 * x]) if one else x for x, one in zip(arrays, axes, strict=True)]
+
+    def both(q, k, v, cos, sin, bias):
+        def run(q, k, v):
+            return fast_attention(q, k, v, causal=True, bias=bias, rotary=(cos, sin))
+
+        out, back = jax.vjp(run, q, k, v)
+        return (out, *back(given.pull))
+
+    found = jax.jit(jax.vmap(both, [0 if one else None for one in axes]))(*stacked)
+    alone = [jax.jit(both)(*(x[i] if one else x for x, one in zip(stacked, axes, strict=True))) for i in range(3)]
+    for i, wanted in enumerate(alone):
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one[i], other, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("low", (-1e31, -3.4e38))
+def test_however_low_a_bias_is_it_hides_nothing_and_shows_nothing_hidden(low: float, forced: str):
+    """Equal biases cancel. The lowest floats have no room for the score beside them, and leave equal shares."""
+    given = inputs(Case(1, 6, 6, 1, 1, 8))
+    bias = jnp.full((1, 1, 6, 6), low, jnp.float32)
+    found = jax.jit(lambda q, k, v: fast_attention(q, k, v, causal=True, bias=bias))(*given[:3])
+    steps = np.arange(1, 7)[:, None, None]
+    np.testing.assert_allclose(found[0], np.cumsum(given.v[0], 0) / steps, atol=1e-6)
+
+
 @pytest.mark.parametrize("packed", (False, True))
 def test_the_second_derivative_is_that_of_the_plain_formula(packed: bool):
     """A Hessian-vector product, reverse over reverse, against finite differences of the gradient in float32."""

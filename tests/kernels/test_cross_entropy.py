@@ -222,6 +222,28 @@ def test_one_thread_and_all_of_them_give_the_same_bits():
     assert alone.stdout.strip() == digest(), alone.stderr
 
 
+@pytest.mark.parametrize("dtype", (np.uint16, np.int8))
+def test_targets_may_be_any_integers(dtype: type):
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (64, 2048))
+    targets = rng.integers(0, 100, 64)
+    for call in (head_losses, lambda *arrays: jax.value_and_grad(head_loss)(*arrays, jnp.ones(64, bool))):
+        found, wanted = (call(hidden, head, jnp.asarray(targets, kind)) for kind in (dtype, np.int32))
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_gradients_are_scaled_before_they_are_rounded():
+    """By 1/3, which bfloat16 has not: the ratio to the unscaled gradient is 1/3 to its own rounding on average."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=(n, 32)), jnp.bfloat16) for n in (64, 2048))
+    targets, weights = jnp.asarray(rng.integers(0, 2048, 64)), jnp.ones(64)
+    whole, third = (
+        np.asarray(jax.grad(lambda h, s=scale: s * cross_entropy(h, head, targets, weights))(hidden), np.float64)
+        for scale in (1.0, 1 / 3)
+    )
+    assert abs((third * whole).sum() / (whole * whole).sum() - 1 / 3) < 2e-4
+
+
 def test_nothing_in_gives_nothing_out():
     head = jnp.ones((9, 4))
     losses, partition = token_losses(jnp.ones((0, 4)), head, jnp.zeros(0, jnp.int32))

@@ -77,6 +77,15 @@ def test_plain_jax_is_the_same_function(dtype: str, by_columns: bool, monkeypatc
             check(product(x, matrix), x, matrix)
 
 
+def test_a_row_does_not_depend_on_how_many_stand_beside_it():
+    """Also where there are too many for the kernel; XLA sums in another order, but rounds no weight."""
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(size=(MOST_ROWS + 1, 200)), jnp.bfloat16)
+    matrix = Matrix(jnp.asarray(rng.normal(size=(200, 40)), jnp.float32))
+    many, few = jax.jit(product)(x, matrix), jax.jit(product)(x[:MOST_ROWS], matrix)
+    np.testing.assert_allclose(many[:MOST_ROWS], few, atol=2e-5)
+
+
 def test_it_works_under_vmap_and_scan():
     matrix = matrix_of(24, 20, "int8", False)
     x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 2, 24)), jnp.float32)

@@ -7,27 +7,13 @@
 // row: hidden scores are -inf, so their shares are 0, and where values are not finite shares of 0 are left out of the sum.
 #pragma once
 
-#include <cstdlib>
-
+#include "scratch.hpp"
 #include "sight.hpp"
 #include "turned.hpp"
 
 namespace CAPIBARA_ISA {
 
 using capibara::AttentionForward;
-
-struct Scratch {
-    explicit Scratch(int64_t count) : data(static_cast<float*>(std::aligned_alloc(64, round_up(count * 4 + 64, 64)))), next(data) {}
-    ~Scratch() { std::free(data); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    float* take(int64_t count) {
-        float* found = next;
-        next += round_up(count, 16);
-        return found;
-    }
-    float *data, *next;
-};
 
 // Turns a row of scores into shares of `best`, and returns their sum.
 inline float share_out(float* row, int64_t width, float best) {

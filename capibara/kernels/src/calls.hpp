@@ -74,7 +74,7 @@ struct AttentionSegments {
 // Angles of RoPE, [batch, keys, size / 2] or null; a query stands at the key with its position.
 struct AttentionAngles {
     const float *cos, *sin;
-    const int64_t* first;
+    const int64_t *cos_first, *sin_first;
 };
 
 struct AttentionShape {

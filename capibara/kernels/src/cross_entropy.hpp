@@ -9,7 +9,7 @@
 // Milakov & Gimelshein 2018 (running softmax); Wijmans et al. 2024 (cut cross-entropy).
 #pragma once
 
-#include "attention.hpp"
+#include "scratch.hpp"
 #include "tiles.hpp"
 
 namespace CAPIBARA_ISA {
@@ -148,7 +148,7 @@ void cross_entropy_scores(const CrossEntropy& call, int64_t segment) {
     });
 }
 
-// Partition and loss of every token, from the tiles in their order; `pulls` becomes what multiplies the softmax.
+// Partition and loss of every token, from the tiles in their order; both are infinite or NaN where a logit is.
 inline void cross_entropy_merge(const CrossEntropy& call, int64_t) {
     const int64_t tiles = (call.vocabulary + call.tile - 1) / call.tile;
     for (int64_t t = 0; t < call.room; t += W) {

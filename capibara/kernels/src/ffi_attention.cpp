@@ -37,7 +37,7 @@ std::vector<int64_t> firsts(Dimensions batches, Dimensions shape, size_t inner) 
 // Everything of a call but its results, and what the structs point to.
 struct Arguments {
     Dimensions batches;
-    std::vector<int64_t> at_q, at_k, at_query_segments, at_key_segments, at_bias, at_angles;
+    std::vector<int64_t> at_q, at_k, at_v, at_query_segments, at_key_segments, at_bias, at_cos, at_sin;
     AttentionArray q, k, v;
     AttentionShape shape{};
     bool packed;
@@ -49,8 +49,9 @@ struct Arguments {
         const size_t rank = queries.size();
         at_q = firsts(batches, queries, 3);
         at_k = firsts(batches, keys, 3);
+        at_v = packed ? at_k : firsts(batches, v_in.dimensions(), 3);
         const int64_t size = queries[rank - 1], heads = queries[rank - 2] - (packed ? 2 * kv_heads : 0);
-        views(q_in, k_in, v_in, at_q.data(), at_k.data(), heads, kv_heads, packed, &q, &k, &v);
+        views(q_in, k_in, v_in, at_q.data(), at_k.data(), at_v.data(), heads, kv_heads, packed, &q, &k, &v);
         shape.batch = static_cast<int64_t>(at_q.size());
         shape.queries = queries[rank - 3], shape.keys = keys[rank - 3];
         shape.heads = heads, shape.kv_heads = kv_heads, shape.size = size;
@@ -66,20 +67,20 @@ struct Arguments {
             shape.bias = bias_of(bias.untyped_data(), bias.element_type() == ffi::F32, at_bias.data(), bias.dimensions());
         }
         if (cos.element_count() > 0) {
-            at_angles = firsts(batches, cos.dimensions(), 2);
-            shape.angles = {cos.typed_data(), sin.typed_data(), at_angles.data()};
+            at_cos = firsts(batches, cos.dimensions(), 2), at_sin = firsts(batches, sin.dimensions(), 2);
+            shape.angles = {cos.typed_data(), sin.typed_data(), at_cos.data(), at_sin.data()};
         }
     }
     Arguments(const Arguments&) = delete;
 
     // Of q, k and v, or of their gradients: three arrays, or three parts of the heads of the first.
-    static void views(ffi::AnyBuffer q_in, ffi::AnyBuffer k_in, ffi::AnyBuffer v_in, const int64_t* at_q, const int64_t* at_k, int64_t heads,
-                      int64_t kv_heads, bool packed, AttentionArray* q, AttentionArray* k, AttentionArray* v) {
+    static void views(ffi::AnyBuffer q_in, ffi::AnyBuffer k_in, ffi::AnyBuffer v_in, const int64_t* at_q, const int64_t* at_k, const int64_t* at_v,
+                      int64_t heads, int64_t kv_heads, bool packed, AttentionArray* q, AttentionArray* k, AttentionArray* v) {
         const int64_t size = q_in.dimensions()[q_in.dimensions().size() - 1], all = packed ? heads + 2 * kv_heads : heads;
         *q = {q_in.untyped_data(), at_q, all * size, size};
         if (!packed) {
             *k = {k_in.untyped_data(), at_k, kv_heads * size, size};
-            *v = {v_in.untyped_data(), at_k, kv_heads * size, size};
+            *v = {v_in.untyped_data(), at_v, kv_heads * size, size};
             return;
         }
         char* data = static_cast<char*>(q_in.untyped_data());
@@ -124,12 +125,13 @@ ffi::Error backward(ffi::ThreadPool pool, bool causal, int64_t window, float sca
     const auto at_out = firsts(given.batches, out.dimensions(), 3), at_grad = firsts(given.batches, grad.dimensions(), 3);
     const auto at_dq = firsts(given.batches, dq->dimensions(), 3);
     const auto at_dk = given.packed ? at_dq : firsts(given.batches, dk->dimensions(), 3);
+    const auto at_dv = given.packed ? at_dq : firsts(given.batches, dv->dimensions(), 3);
     const auto at_partition = firsts(given.batches, partition.dimensions(), 2);
     std::vector<int64_t> at_dbias;
     AttentionBackward call{shape, given.q, given.k, given.v, whole(out.untyped_data(), at_out.data(), out.dimensions()),
                            whole(grad.untyped_data(), at_grad.data(), grad.dimensions()), {}, {}, {},
                            {partition.typed_data(), at_partition.data()}, {}, 1, 1};
-    Arguments::views(*dq, *dk, *dv, at_dq.data(), at_dk.data(), shape.heads, shape.kv_heads, given.packed, &call.dq, &call.dk, &call.dv);
+    Arguments::views(*dq, *dk, *dv, at_dq.data(), at_dk.data(), at_dv.data(), shape.heads, shape.kv_heads, given.packed, &call.dq, &call.dk, &call.dv);
     if (dbias->element_count() > 0) {
         const auto axes = dbias->dimensions();
         const size_t rank = axes.size();

@@ -14,7 +14,8 @@ using capibara::AttentionShape;
 
 constexpr int64_t QUERIES = 96, KEYS = 256;   // of a tile: its scores stay in the second-level cache
 constexpr int64_t ROW = KEYS + W;             // of scores, in numbers: rows of 2^n bytes would share few cache sets
-constexpr float NEVER = -__builtin_inff(), LOG2_E = 1.44269504f;
+constexpr float LOG2_E = 1.44269504f;
+constexpr float LOWEST = -3e38f;  // of a bias in units of log2 that hides nothing: the lowest floats would become -inf
 
 struct Tile {
     int64_t q, rows, k, used, reach;
@@ -91,7 +92,7 @@ struct Sight {
             for (int64_t j = 0; j < end; ++j) {
                 const float added = bias.key ? to_float(from[j]) : to_float(from[0]);
                 seen |= added != NEVER;
-                row[j] = added == NEVER ? NEVER : row[j] + added * LOG2_E;
+                row[j] = added == NEVER ? NEVER : row[j] + larger_of(added * LOG2_E, LOWEST);
             }
         }
         return seen;

@@ -19,8 +19,8 @@ struct Angles {
     static Angles of(const AttentionShape& shape, int64_t b, int64_t position) {
         const int64_t half = shape.size / 2;
         if (!shape.angles.cos) return {nullptr, nullptr, half};
-        const int64_t first = shape.angles.first[b] + position * half;
-        return {shape.angles.cos + first, shape.angles.sin + first, half};
+        const int64_t first = position * half;
+        return {shape.angles.cos + shape.angles.cos_first[b] + first, shape.angles.sin + shape.angles.sin_first[b] + first, half};
     }
     // Turns `x` back where `sign` is -1, which is what its gradient needs.
     void turn(int64_t row, float sign, float* x) const {

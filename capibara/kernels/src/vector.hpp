@@ -30,6 +30,8 @@ typedef float LooseVec __attribute__((vector_size(4 * W), aligned(4), may_alias)
 inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 inline Vec all(float x) { return x - Vec{}; }
+constexpr float NEVER = -__builtin_inff();
+
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float larger_of(float a, float b) { return a > b ? a : b; }
