@@ -138,7 +138,7 @@ def _losses_primal(hidden, head, targets):
     return jax.lax.platform_dependent(hidden, head, targets, cpu=_kernel_losses, default=plain_losses)
 
 
-def _kernel_losses(hidden, head, targets):
+def _kernel_losses(hidden, head, targets) -> Any:
     cut = plan(len(hidden), hidden.shape[1], len(head))
     rows = jax.ShapeDtypeStruct((len(hidden),), jnp.float32)
     call = _call("capibara_cross_entropy_losses", (rows, rows, _scratch(cut.forward)), cut)
