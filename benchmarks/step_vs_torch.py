@@ -29,7 +29,7 @@ import numpy as np
 from _common import emit, interleaved, machine, row, say
 from _step import BETAS, CLIP, LARGER, LEARNING_RATE, SMALL, WEIGHT_DECAY, WIDE, Shape, training_steps
 
-SECONDS = 12.0
+SECONDS = 8.0
 """Of timed runs of one candidate, about; at least `FEWEST` runs, at most `MOST`."""
 
 FEWEST, MOST = 3, 7

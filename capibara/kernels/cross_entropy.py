@@ -138,7 +138,7 @@ def _losses_primal(hidden, head, targets):
     return jax.lax.platform_dependent(hidden, head, targets, cpu=_kernel_losses, default=plain_losses)
 
 
-def _kernel_losses(hidden, head, targets) -> Any:
+def _kernel_losses(hidden, head, targets):
     cut = plan(len(hidden), hidden.shape[1], len(head))
     rows = jax.ShapeDtypeStruct((len(hidden),), jnp.float32)
     call = _call("capibara_cross_entropy_losses", (rows, rows, _scratch(cut.forward)), cut)
@@ -164,7 +164,8 @@ def _total_primal(hidden, head, targets, weights, way):
         return plain(hidden, head, targets, weights)
 
     def kernel(hidden, head, targets, weights):
-        return _weighed(*_kernel_losses(hidden, head, targets), weights, way.z_loss)
+        losses, partition = _kernel_losses(hidden, head, targets)
+        return _weighed(losses, partition, weights, way.z_loss)
 
     return jax.lax.platform_dependent(hidden, head, targets, weights, cpu=kernel, default=plain)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training_steps import KEPT, load
 
 from capibara.kernels.library import instruction_sets
-from tests.kernels.training_steps import KEPT, load
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("training_steps.py")
