@@ -106,7 +106,7 @@ def write_random(folder: Path) -> Path:
         num_key_value_heads=3, max_position_embeddings=2048, rope_theta=100_000.0, tie_word_embeddings=True,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(byte_tokenizer().to_json())
+    byte_tokenizer().save(folder / "tokenizer.json")
     return folder
 
 
