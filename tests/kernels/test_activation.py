@@ -30,14 +30,6 @@ FUNCTIONS = {"silu": lambda x, up: silu(x), "gelu": lambda x, up: gelu(x), "swig
 needs_native = pytest.mark.skipif(not SETS, reason="the native kernels were not built, or are turned off")
 
 
-@pytest.fixture(params=SETS or [pytest.param("none", marks=needs_native)])
-def forced(request: pytest.FixtureRequest):
-    """Each set of this machine in turn; the best one again afterwards."""
-    library.use(request.param)
-    yield request.param
-    library.use(SETS[0])
-
-
 @lru_cache
 def program(name: str):
     """The value and the gradients of x and up; one program serves all sets."""

@@ -40,14 +40,6 @@ CASES = (
 )
 
 
-@pytest.fixture(params=SETS or [pytest.param("none", marks=needs_native)])
-def forced(request: pytest.FixtureRequest):
-    """Each set of this machine in turn; the best one again afterwards."""
-    library.use(request.param)
-    yield request.param
-    library.use(SETS[0])
-
-
 def inputs(case: Case, hidden: str = "float32", head: str = "float32"):
     """Logits of size about 3, a third of the weights 0, a target that counts from the end."""
     rng = np.random.default_rng(case.M * case.V)

@@ -21,14 +21,6 @@ needs_native = pytest.mark.skipif(not SETS, reason="the native kernels were not 
 multiply = jax.jit(product)
 
 
-@pytest.fixture(params=SETS or [pytest.param("none", marks=needs_native)])
-def forced(request: pytest.FixtureRequest):
-    """Each set of this machine in turn; the best one again afterwards."""
-    library.use(request.param)
-    yield request.param
-    library.use(SETS[0])
-
-
 def matrix_of(inner: int, columns: int, dtype: str, by_columns: bool) -> Matrix:
     w = jnp.asarray(np.random.default_rng(inner).normal(size=(columns, inner) if by_columns else (inner, columns)))
     return quantize(w, by_columns=by_columns) if dtype == "int8" else Matrix(w.astype(dtype), None, by_columns)

@@ -32,14 +32,6 @@ WEIGHTS = np.array([0.25, 0.0, -1.5, 0.3, 2.0])
 needs_native = pytest.mark.skipif(not SETS, reason="the native kernels were not built, or are turned off")
 
 
-@pytest.fixture(params=SETS or [pytest.param("none", marks=needs_native)])
-def forced(request: pytest.FixtureRequest):
-    """Each set of this machine in turn; the best one again afterwards."""
-    library.use(request.param)
-    yield request.param
-    library.use(SETS[0])
-
-
 def stack_of(length: int, dtype: str, n: int = 5) -> np.ndarray:
     """Row 1 is NaN: its weight is 0."""
     rows = np.random.default_rng(length).standard_normal((n, length), np.float32).astype(DTYPES[dtype])
