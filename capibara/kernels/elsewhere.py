@@ -44,7 +44,7 @@ def cudnn(arrays: Arrays, sight: Sight) -> jax.Array:
     q, k, v = turned(unpacked(arrays, sight))
     mask = None
     if sight.window and not sight.causal:
-        raise NotImplementedError("cuDNN has a window behind the query only")
+        raise ValueError("cuDNN has a window behind the query only")
     if arrays.q_segments is not None and arrays.k_segments is not None:
         mask = (arrays.q_segments[:, :, None] == arrays.k_segments[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
@@ -60,7 +60,7 @@ def splash(arrays: Arrays, sight: Sight) -> jax.Array:
     q, k, v = (x.swapaxes(1, 2) for x in turned(unpacked(arrays, sight)))
     shape = (q.shape[2], k.shape[2])
     if shape[0] % BLOCK:
-        raise NotImplementedError(f"{shape[0]} is not a multiple of {BLOCK}")
+        raise ValueError(f"{shape[0]} is not a multiple of {BLOCK}")
     if sight.window:
         mask = pallas.LocalMask(shape, (sight.window - 1, 0 if sight.causal else None), 0)
     else:
